@@ -1,0 +1,63 @@
+"""RETRO end to end on 10,033 encyclopedia introductions: the quickstart.
+
+Command:  launch/quickstart.sh [WORKDIR]
+Cost:     under 12 minutes on 2 CPU cores with 4 GB of memory.
+Expected: see docs/results/quickstart.md.
+"""
+
+import ml_collections
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """The settings of every stage, in the order of the road."""
+    config = ml_collections.ConfigDict()
+    config.name = "retro"
+    config.seed = 0
+
+    config.corpus = ml_collections.ConfigDict(
+        {"source": "vital_articles", "language": "en"}
+    )
+    config.tokenizer = ml_collections.ConfigDict({"vocab_size": 4096})
+    config.chunks = ml_collections.ConfigDict(
+        {"length": 64, "validation_fraction": 0.02, "train_fraction": 1.0}
+    )
+    config.encoder = ml_collections.ConfigDict({"name": "minilm", "max_tokens": 128})
+    config.embed = ml_collections.ConfigDict({"batch_size": 64, "dtype": "float32"})
+    config.index = ml_collections.ConfigDict(
+        {"backend": "scann", "metric": "squared_l2", "recall_target": 0.95}
+    )
+    config.neighbours = ml_collections.ConfigDict({"k": 4})
+
+    config.model = ml_collections.ConfigDict(
+        {
+            "vocab_size": 4096,
+            "chunk_length": 64,
+            "num_layers": 6,
+            "model_dim": 256,
+            "num_heads": 4,
+            "head_dim": 64,
+            "ffw_dim": 1024,
+            "cca_layers": (3, 6),
+            "encoder_layers": 1,
+            "encoder_dim": 128,
+            "encoder_num_heads": 2,
+            "encoder_head_dim": 64,
+            "encoder_ffw_dim": 512,
+            "encoder_ca_layers": (1,),
+            "compute_dtype": "float32",
+        }
+    )
+    config.optimizer = ml_collections.ConfigDict(
+        {"peak_learning_rate": 2e-3, "warmup_steps": 50}
+    )
+    config.train = ml_collections.ConfigDict(
+        {"steps": 300, "batch_size": 8, "sequence_chunks": 8, "neighbours": 2}
+    )
+    config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
+    config.evaluate = ml_collections.ConfigDict(
+        {"batch_size": 8, "stride_chunks": 4, "neighbours": (1, 2, 4)}
+    )
+    config.generate = ml_collections.ConfigDict(
+        {"max_tokens": 128, "temperature": 0.8, "top_p": 0.95, "neighbours": 2}
+    )
+    return config

@@ -1,0 +1,3 @@
+"""REALM and RETRO in JAX/Flax: retrieval-enhanced language models."""
+
+__version__ = "0.1.0"

@@ -1,0 +1,346 @@
+"""Immutable, fingerprinted directories: what every stage writes and the next reads.
+
+A stage owns one directory. It opens it with `Stage.open`, writes each file whole
+(temporary name, fsync, rename), and commits by writing ``manifest.json`` last. A
+directory without a manifest is unfinished work: the same stage resumes it at the
+first missing file, nobody else reads it.
+
+The manifest holds the kind, the format version, the settings that made it, the
+fingerprints of its parents, and for every file its size and SHA-256. `load` refuses
+what is unfinished, damaged, of another kind or version, or of other parents, in one
+line that says which and what to run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import os
+import urllib.parse
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from etils import epath
+
+from realm_retro.errors import UserError
+from realm_retro.typing import JsonDict
+
+MANIFEST = "manifest.json"
+REQUEST = "request.json"
+PROGRESS = ".progress"
+_BLOCK = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Manifest:
+    """What a finished artefact says of itself.
+
+    Attributes:
+      directory: where it lies.
+      kind: what it is, e.g. ``chunks``, ``embeddings``, ``index``.
+      format_version: version of the files' layout.
+      config: the settings that made it.
+      parents: role → fingerprint of the artefacts it was made from.
+      meta: counts, dtypes, measurements; whatever readers want to know.
+      files: relative name → ``{"bytes": int, "sha256": str}``.
+      fingerprint: hash of all of the above except `directory` and `meta`.
+    """
+
+    directory: epath.Path
+    kind: str
+    format_version: int
+    config: JsonDict
+    parents: dict[str, str]
+    meta: JsonDict
+    files: dict[str, JsonDict]
+    fingerprint: str
+
+    def path(self, name: str) -> epath.Path:
+        """The path of one of the manifest's files."""
+        if name not in self.files:
+            raise UserError(f"{self.directory / MANIFEST}: lists no file {name!r}")
+        return self.directory / name
+
+
+class Stage:
+    """A directory being written. See `Stage.open`, `write`, `commit`."""
+
+    def __init__(self, directory: epath.Path, request: JsonDict):
+        self.directory = directory
+        self._request = request
+
+    @classmethod
+    def open(
+        cls,
+        directory: epath.PathLike,
+        *,
+        kind: str,
+        format_version: int,
+        config: Mapping[str, Any],
+        parents: Mapping[str, str],
+        made_by: str,
+    ) -> Stage:
+        """Opens a stage's directory for writing, or for resuming.
+
+        Args:
+          directory: the stage's own directory; created if it is not there.
+          kind: what is written, e.g. ``embeddings``.
+          format_version: version of the files' layout.
+          config: the settings that determine the content. JSON values only.
+          parents: role → fingerprint of the artefacts read.
+          made_by: the module that writes it, e.g. ``realm_retro.cli.embed``; named
+            in errors of readers that miss it.
+
+        Raises:
+          UserError: the directory holds the same stage with other settings.
+        """
+        directory = epath.Path(directory)
+        request = _jsonable(
+            {
+                "kind": kind,
+                "format_version": format_version,
+                "config": dict(config),
+                "parents": dict(parents),
+                "made_by": made_by,
+            }
+        )
+        directory.mkdir(parents=True, exist_ok=True)
+        request_file = directory / REQUEST
+        if request_file.exists():
+            _refuse_other_request(directory, _read_json(request_file), request)
+        else:
+            _write_json(request_file, request)
+        (directory / PROGRESS).mkdir(exist_ok=True)
+        return cls(directory, request)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the manifest was written."""
+        return (self.directory / MANIFEST).exists()
+
+    def has(self, name: str) -> bool:
+        """Whether a file was written whole, by this process or an earlier one."""
+        return self._record(name).exists() and (self.directory / name).exists()
+
+    @contextlib.contextmanager
+    def write(self, name: str) -> Iterator[epath.Path]:
+        """Yields a temporary path; on a clean exit it becomes the file `name`."""
+        _check_name(name, self.directory)
+        final = self.directory / name
+        final.parent.mkdir(parents=True, exist_ok=True)
+        temporary = final.parent / f"{final.name}.tmp"
+        try:
+            yield temporary
+            _fsync(temporary)
+            record = {"bytes": temporary.stat().length, "sha256": sha256(temporary)}
+            temporary.replace(final)
+            _write_json(self._record(name), record)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+    def adopt(self, name: str) -> None:
+        """Records a file that a library wrote under its final name by itself."""
+        _check_name(name, self.directory)
+        path = self.directory / name
+        _fsync(path)
+        _write_json(
+            self._record(name), {"bytes": path.stat().length, "sha256": sha256(path)}
+        )
+
+    def note(self, name: str, value: JsonDict) -> None:
+        """Keeps a small JSON value beside the progress, for the next resume."""
+        _write_json(self.directory / PROGRESS / f"{name}.note.json", _jsonable(value))
+
+    def noted(self, name: str) -> JsonDict | None:
+        """What `note` kept, or None."""
+        path = self.directory / PROGRESS / f"{name}.note.json"
+        return _read_json(path) if path.exists() else None
+
+    def commit(self, meta: Mapping[str, Any]) -> Manifest:
+        """Writes the manifest over all recorded files: the artefact now exists."""
+        files = {}
+        for record in sorted((self.directory / PROGRESS).glob("*.file.json")):
+            name = urllib.parse.unquote(record.name.removesuffix(".file.json"))
+            files[name] = _read_json(record)
+        body = {**self._request, "meta": _jsonable(dict(meta)), "files": files}
+        body["fingerprint"] = _fingerprint(body)
+        _write_json(self.directory / MANIFEST, body)
+        (self.directory / PROGRESS).rmtree(missing_ok=True)
+        return _manifest(self.directory, body)
+
+    def _record(self, name: str) -> epath.Path:
+        quoted = urllib.parse.quote(name, safe="")
+        return self.directory / PROGRESS / f"{quoted}.file.json"
+
+
+def load(
+    directory: epath.PathLike,
+    *,
+    kind: str,
+    format_version: int,
+    made_by: str,
+    parents: Mapping[str, str] | None = None,
+    verify: bool = True,
+) -> Manifest:
+    """Reads and checks a finished artefact.
+
+    Args:
+      directory: the artefact's directory.
+      kind: the kind that the caller can read.
+      format_version: the version that the caller can read.
+      made_by: the module to run when it is not there.
+      parents: role → fingerprint that the artefact must have been made from; roles
+        that are not named are not compared.
+      verify: recompute checksums (about 1 GB/s); sizes are always compared.
+
+    Raises:
+      UserError: it is missing, unfinished, damaged, or does not match.
+    """
+    directory = epath.Path(directory)
+    path = directory / MANIFEST
+    if not path.exists():
+        state = "unfinished" if (directory / REQUEST).exists() else "missing"
+        raise UserError(f"{directory}: {kind} {state}; run: python -m {made_by}")
+    body = _read_json(path)
+    try:
+        manifest = _manifest(directory, body)
+        damaged = _fingerprint(body) != manifest.fingerprint
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(
+            f"{path}: is not a manifest; delete {directory}"
+            f" and run: python -m {made_by}"
+        ) from None
+    again = f"delete {directory} and run: python -m {made_by}"
+    if damaged:
+        raise UserError(f"{path}: does not match its own fingerprint; {again}")
+    if manifest.kind != kind:
+        raise UserError(f"{path}: holds {manifest.kind!r}, not {kind!r}; {again}")
+    if manifest.format_version != format_version:
+        raise UserError(
+            f"{path}: format version {manifest.format_version}, this release reads"
+            f" {format_version}; {again}"
+        )
+    for role, fingerprint in (parents or {}).items():
+        found = manifest.parents.get(role)
+        if found != fingerprint:
+            raise UserError(
+                f"{path}: was made from {role} {_short(found)}, but the {role} here is"
+                f" {_short(fingerprint)}; {again}"
+            )
+    for name, record in manifest.files.items():
+        _check_file(directory, name, record, again=again, verify=verify)
+    return manifest
+
+
+def sha256(path: epath.PathLike) -> str:
+    """Hexadecimal SHA-256 of a file, read in blocks."""
+    digest = hashlib.sha256()
+    with epath.Path(path).open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def fingerprint_of(value: Any) -> str:
+    """A fingerprint of any JSON value: the same value gives the same on any machine."""
+    text = json.dumps(_jsonable(value), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _fingerprint(body: JsonDict) -> str:
+    keys = ("kind", "format_version", "config", "parents", "files")
+    return fingerprint_of({key: body[key] for key in keys})
+
+
+def _manifest(directory: epath.Path, body: JsonDict) -> Manifest:
+    for name in body["files"]:
+        _check_name(name, directory)
+    keys = [f.name for f in dataclasses.fields(Manifest) if f.name != "directory"]
+    return Manifest(directory=directory, **{key: body[key] for key in keys})
+
+
+def _check_name(name: str, directory: epath.Path) -> None:
+    # A manifest may come from elsewhere: no name may leave the artefact's folder.
+    parts = name.split("/")
+    if not name or name.startswith("/") or "\\" in name or {"..", "."} & set(parts):
+        raise UserError(f"{directory / MANIFEST}: file name {name!r} leaves the folder")
+
+
+def _check_file(
+    directory: epath.Path, name: str, record: JsonDict, *, again: str, verify: bool
+) -> None:
+    path = directory / name
+    if not path.exists():
+        raise UserError(f"{path}: is missing; {again}")
+    size = path.stat().length
+    if size != record["bytes"]:
+        raise UserError(
+            f"{path}: has {size} bytes where the manifest says {record['bytes']}"
+            f" (truncated or overwritten); {again}"
+        )
+    if verify and sha256(path) != record["sha256"]:
+        raise UserError(f"{path}: is damaged (its checksum differs); {again}")
+
+
+def _refuse_other_request(
+    directory: epath.Path, found: JsonDict, wanted: JsonDict
+) -> None:
+    differences = list(_differences(found, wanted))
+    if differences:
+        shown = "; ".join(differences[:3])
+        raise UserError(
+            f"{directory}: was made with other settings ({shown});"
+            " use another --workdir or delete that folder"
+        )
+
+
+def _differences(found: Any, wanted: Any, prefix: str = "") -> Iterator[str]:
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        for key in sorted(found.keys() | wanted.keys()):
+            dotted = f"{prefix}.{key}" if prefix else key
+            yield from _differences(found.get(key), wanted.get(key), dotted)
+    elif found != wanted:
+        yield f"{prefix}: {_short(found)} there, {_short(wanted)} here"
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    is_hash = len(text) == 64 and all(c in "0123456789abcdef" for c in text)
+    return text[:12] if is_hash else text
+
+
+def _jsonable(value: Any) -> Any:
+    # One round trip turns tuples to lists and refuses what JSON cannot hold, so that
+    # what is compared on a resume is what was written.
+    return json.loads(json.dumps(value, allow_nan=False))
+
+
+def _read_json(path: epath.Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{path}: is not JSON ({error}); delete {path.parent}"
+            " and run that stage again"
+        ) from None
+
+
+def _write_json(path: epath.Path, value: Any) -> None:
+    temporary = path.parent / f"{path.name}.tmp"
+    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
+    _fsync(temporary)
+    temporary.replace(path)
+
+
+def _fsync(path: epath.Path) -> None:
+    # Local files only: an object store's upload is durable when it returns.
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        descriptor = os.open(os.fspath(path), os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
