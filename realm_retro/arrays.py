@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 from etils import epath
 
 from realm_retro.errors import UserError
@@ -68,3 +70,44 @@ class ShardedArray:
             mine = owner == shard
             out[mine] = self.shards[shard][flat[mine] - self.starts[shard]]
         return out.reshape(*rows.shape, *self.shape[1:])
+
+
+class NpyWriter:
+    """Writes a ``.npy`` file by appending rows: a shard need not fit in memory."""
+
+    def __init__(
+        self, path: epath.PathLike, dtype: npt.DTypeLike, row_shape: Sequence[int] = ()
+    ):
+        self._file = epath.Path(path).open("wb")
+        self._dtype = np.dtype(dtype)
+        self._row_shape = tuple(row_shape)
+        self.rows = 0
+        self._write_header()
+
+    def append(self, rows: npt.ArrayLike) -> None:
+        """Appends rows [n, *row_shape], converted to the file's dtype."""
+        array = np.ascontiguousarray(rows, self._dtype)
+        if array.shape[1:] != self._row_shape:
+            raise ValueError(f"rows {array.shape[1:]} for a file of {self._row_shape}")
+        self._file.write(array.tobytes())
+        self.rows += len(array)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        try:
+            self._file.seek(0)
+            self._write_header()
+        finally:
+            self._file.close()
+
+    def _write_header(self) -> None:
+        # numpy leaves room in the header for the first axis to grow, so that the
+        # final header fits over the first one.
+        header = {
+            "descr": np.lib.format.dtype_to_descr(self._dtype),
+            "fortran_order": False,
+            "shape": (self.rows, *self._row_shape),
+        }
+        np.lib.format.write_array_header_1_0(self._file, header)

@@ -160,17 +160,37 @@ class Stage:
         path = self.directory / PROGRESS / f"{name}.note.json"
         return _read_json(path) if path.exists() else None
 
+    def restart(self) -> None:
+        """Deletes the files written so far: for work that cannot resume half-way."""
+        for name in self._recorded():
+            (self.directory / name).unlink(missing_ok=True)
+            self._record(name).unlink()
+
+    @contextlib.contextmanager
+    def released_on_error(self) -> Iterator[None]:
+        """On a `UserError` before the first file, forgets the settings asked for.
+
+        The user can then mend a setting and run again in the same directory.
+        """
+        try:
+            yield
+        except UserError:
+            if not self.finished and not any((self.directory / PROGRESS).iterdir()):
+                (self.directory / REQUEST).unlink()
+            raise
+
     def commit(self, meta: Mapping[str, Any]) -> Manifest:
         """Writes the manifest over all recorded files: the artefact now exists."""
-        files = {}
-        for record in sorted((self.directory / PROGRESS).glob("*.file.json")):
-            name = urllib.parse.unquote(record.name.removesuffix(".file.json"))
-            files[name] = _read_json(record)
+        files = {name: _read_json(self._record(name)) for name in self._recorded()}
         body = {**self._request, "meta": _jsonable(dict(meta)), "files": files}
         body["fingerprint"] = _fingerprint(body)
         _write_json(self.directory / MANIFEST, body)
         (self.directory / PROGRESS).rmtree(missing_ok=True)
         return _manifest(self.directory, body)
+
+    def _recorded(self) -> list[str]:
+        paths = sorted((self.directory / PROGRESS).glob("*.file.json"))
+        return [urllib.parse.unquote(p.name.removesuffix(".file.json")) for p in paths]
 
     def _record(self, name: str) -> epath.Path:
         quoted = urllib.parse.quote(name, safe="")

@@ -10,7 +10,8 @@ and missing fields and says what the known ones are.
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeVar, cast
 
 import ml_collections
 
@@ -67,4 +68,4 @@ def as_dict(value: Any) -> JsonDict:
         return value.to_dict()
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return dataclasses.asdict(value)
-    return dict(value)
+    return dict(cast(Mapping[str, Any], value))

@@ -7,22 +7,41 @@ Expected: see docs/results/quickstart.md.
 
 import ml_collections
 
+from realm_retro.retro import sizes
 
-def get_config() -> ml_collections.ConfigDict:
-    """The settings of every stage, in the order of the road."""
+
+def get_config(which: str = "retro") -> ml_collections.ConfigDict:
+    """The settings of every stage; `which` is ``retro`` or ``plain``."""
     config = ml_collections.ConfigDict()
     config.name = "retro"
     config.seed = 0
 
     config.corpus = ml_collections.ConfigDict(
-        {"source": "vital_articles", "language": "en"}
+        {
+            "source": "vital_articles",
+            "language": "en",
+            # For source=text_files: a folder, a file or a glob, and its .jsonl fields.
+            "path": "",
+            "text_field": "text",
+            "title_field": "title",
+            "id_field": "",
+        }
     )
-    config.tokenizer = ml_collections.ConfigDict({"vocab_size": 4096})
+    config.tokenizer = ml_collections.ConfigDict({"vocab_size": 4096, "model": ""})
     config.chunks = ml_collections.ConfigDict(
         {"length": 64, "validation_fraction": 0.02, "train_fraction": 1.0}
     )
-    config.encoder = ml_collections.ConfigDict({"name": "minilm", "max_tokens": 128})
-    config.embed = ml_collections.ConfigDict({"batch_size": 64, "dtype": "float32"})
+    config.encoder = ml_collections.ConfigDict(
+        {
+            "name": "minilm",
+            "path": "",
+            "max_tokens": 128,
+            "compute_dtype": "float32",
+        }
+    )
+    config.embed = ml_collections.ConfigDict(
+        {"dtype": "float32", "shard_size": 4096, "batch_tokens": 0}
+    )
     config.index = ml_collections.ConfigDict(
         {"backend": "scann", "metric": "squared_l2", "recall_target": 0.95}
     )
@@ -60,4 +79,4 @@ def get_config() -> ml_collections.ConfigDict:
     config.generate = ml_collections.ConfigDict(
         {"max_tokens": 128, "temperature": 0.8, "top_p": 0.95, "neighbours": 2}
     )
-    return config
+    return sizes.variant(config, which)

@@ -13,6 +13,7 @@ from absl import app, flags, logging
 from etils import epath
 from ml_collections import config_flags
 
+from realm_retro import host_memory
 from realm_retro.errors import UserError
 
 CONFIG = config_flags.DEFINE_config_file(
@@ -48,12 +49,13 @@ def run(main: Main, *, name: str) -> None:
       name: the stage's name, put before the error.
     """
     flags.mark_flags_as_required(["config", "workdir"])
+    _complete_help(main)
 
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
             _die(name, f"{argv[1]!r} is not a flag; flags start with --", 2)
         try:
-            main(CONFIG.value, epath.Path(WORKDIR.value))
+            main(CONFIG.value, epath.Path(WORKDIR.value or "."))
         except UserError as error:
             _die(name, str(error), 2)
         except KeyboardInterrupt:
@@ -65,12 +67,22 @@ def run(main: Main, *, name: str) -> None:
             _die(name, f"{error.filename or WORKDIR.value}: {remedy}", 2)
 
     logging.set_verbosity(logging.INFO)
+    host_memory.reuse_freed_blocks()
     app.run(guarded)
 
 
 def say(message: str) -> None:
     """Prints one line of a stage's report to standard output, at once."""
     print(message, flush=True)
+
+
+def _complete_help(main: Main) -> None:
+    # absl's --help shows the docstring and the flags of the started file alone, and a
+    # console script is a file that has neither.
+    sys.modules["__main__"].__doc__ = sys.modules[main.__module__].__doc__
+    for module in (main.__module__, __name__):
+        for flag in flags.FLAGS.flags_by_module_dict().get(module, ()):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
 def _die(name: str, message: str, status: int) -> None:

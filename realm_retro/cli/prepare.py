@@ -1,0 +1,139 @@
+r"""Reads a corpus, trains its tokenizer and cuts it into chunks.
+
+Reads   the source that config.corpus names.
+Writes  WORKDIR/corpus   the documents, a TFDS dataset in array_record
+        WORKDIR/chunks   the tokenizer and the chunks of config.chunks.length tokens
+
+Example:
+  python -m realm_retro.cli.prepare --config=configs/retro/quickstart.py \
+      --workdir=/tmp/retro --config.corpus.source=text_files \
+      --config.corpus.path='~/notes'
+
+An interrupted run resumes at the first missing shard of chunks.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TypeVar
+
+import ml_collections
+from etils import epath
+
+from realm_retro import artifacts
+from realm_retro import config as config_lib
+from realm_retro.cli import common
+from realm_retro.data import chunk_store, chunk_writer
+from realm_retro.data import corpus as corpus_lib
+from realm_retro.data.chunk_writer import ChunksConfig
+from realm_retro.data.corpus import CorpusConfig
+from realm_retro.text.tokenizer import TokenizerConfig
+from realm_retro.typing import JsonDict
+
+T = TypeVar("T")
+
+
+def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Runs the stage; see the module docstring."""
+    corpus = _build(config, CorpusConfig, "corpus")
+    tokenizer = _build(config, TokenizerConfig, "tokenizer")
+    chunks = _build(config, ChunksConfig, "chunks")
+    manifest = _write_corpus(corpus, workdir / "corpus")
+    _write_chunks(chunks, tokenizer, manifest, workdir / "chunks")
+
+
+def _build(config: ml_collections.ConfigDict, cls: type[T], name: str) -> T:
+    section = config_lib.section(config, name)
+    return config_lib.build(cls, section, name=f"config.{name}")
+
+
+def _write_corpus(config: CorpusConfig, directory: epath.Path) -> artifacts.Manifest:
+    started = time.monotonic()
+    stage = corpus_lib.open_stage(config, directory)
+    if stage.finished:
+        manifest = corpus_lib.load_manifest(directory, verify=False)
+        count = manifest.meta["documents"]
+        common.say(f"corpus: finished already, {count:,} documents in {directory}")
+        return manifest
+    from realm_retro.data import datasets  # TFDS takes a while to import
+
+    with stage.released_on_error():
+        report = datasets.build(config, stage)
+    seconds = time.monotonic() - started
+    manifest = stage.commit({**report.as_meta(), "seconds": round(seconds, 2)})
+    common.say(
+        f"corpus: {report.documents:,} documents, {report.text_bytes / 1e6:,.1f} MB of"
+        f" text in {seconds:.1f} s ({report.documents / seconds:,.0f} documents/s)"
+    )
+    for line in report.lines():
+        common.say(f"corpus: {line}")
+    return manifest
+
+
+def _write_chunks(
+    config: ChunksConfig,
+    tokenizer_config: TokenizerConfig,
+    corpus: artifacts.Manifest,
+    directory: epath.Path,
+) -> None:
+    started = time.monotonic()
+    stage = chunk_writer.open_stage(
+        directory,
+        chunks=config,
+        tokenizer=tokenizer_config,
+        corpus_fingerprint=corpus.fingerprint,
+    )
+    if stage.finished:
+        count = chunk_store.load_manifest(directory, verify=False).meta["chunks"]
+        common.say(f"chunks: finished already, {count:,} chunks in {directory}")
+        return
+    from realm_retro.data import datasets
+
+    documents = datasets.open_corpus(corpus.directory)
+    with stage.released_on_error():
+        tokenizer = chunk_writer.prepare_tokenizer(documents, tokenizer_config, stage)
+    tokenizer_seconds = time.monotonic() - started
+    common.say(
+        f"tokenizer: {tokenizer.vocab_size:,} pieces in {tokenizer_seconds:.1f} s"
+    )
+    counts = chunk_writer.build(documents, tokenizer, config, stage)
+    seconds = time.monotonic() - started
+    stage.commit(
+        {
+            **counts,
+            "vocab_size": tokenizer.vocab_size,
+            "tokenizer_fingerprint": tokenizer.fingerprint,
+            "tokenizer_seconds": round(tokenizer_seconds, 2),
+            "seconds": round(seconds, 2),
+        }
+    )
+    _report(counts, seconds - tokenizer_seconds)
+
+
+def _report(counts: JsonDict, seconds: float) -> None:
+    common.say(
+        f"chunks: {counts['chunks']:,} chunks, {counts['tokens']:,} tokens,"
+        f" {counts['bytes'] / counts['tokens']:.2f} bytes a token in {seconds:.1f} s"
+        f" ({counts['tokens'] / seconds:,.0f} tokens/s)"
+    )
+    for split, of in counts["splits"].items():
+        common.say(
+            f"chunks: {split}: {of['documents']:,} documents, {of['chunks']:,} chunks,"
+            f" {of['bytes'] / 1e6:,.1f} MB"
+        )
+    if short := counts["single_token_documents"]:
+        common.say(f"chunks: {short:,} documents have a single token")
+    if not counts["splits"]["validation"]["documents"]:
+        common.say(
+            "chunks: no document is held out, so nothing can be evaluated; raise"
+            " config.chunks.validation_fraction or add documents"
+        )
+
+
+def entry() -> None:
+    """Console script."""
+    common.run(main, name="prepare")
+
+
+if __name__ == "__main__":
+    entry()

@@ -1,0 +1,81 @@
+"""Trains the model of a config on the chunks and neighbours of a workdir.
+
+Reads:   WORKDIR/chunks, WORKDIR/neighbours (a plain decoder: chunks only)
+Writes:  WORKDIR/runs/NAME/ with checkpoints/, metrics.jsonl and tensorboard/, where
+         NAME is config.name; manifest.json when all steps are done.
+
+  python -m realm_retro.cli.train --config=configs/retro/quickstart.py --workdir=work
+
+The same command goes on from the newest checkpoint after an interruption, on the same
+or on another number of devices. SIGTERM saves a checkpoint and ends with status 143.
+Several processes (one a host) start with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
+and JAX_PROCESS_ID set, or on a TPU pod, GKE or Slurm with --distributed.
+"""
+
+from __future__ import annotations
+
+import sys
+from typing import TypeVar
+
+import ml_collections
+from absl import flags
+from etils import epath
+
+from realm_retro import config as config_lib
+from realm_retro.cli import common
+from realm_retro.parallel import hosts
+from realm_retro.parallel.mesh import MeshConfig, make_mesh
+from realm_retro.retro import recipe as retro_recipe
+from realm_retro.train import loop
+from realm_retro.train.config import TrainConfig
+from realm_retro.train.metrics import format_seconds
+from realm_retro.train.optim import OptimizerConfig
+
+DISTRIBUTED = flags.DEFINE_bool(
+    "distributed", False, "Let JAX find the other processes of this run by itself."
+)
+SIGTERM_STATUS = 143
+T = TypeVar("T")
+
+
+def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Trains one run to its end, or until SIGTERM."""
+    hosts.initialise(detect=DISTRIBUTED.value)
+    mesh = make_mesh(_build(config, "mesh", MeshConfig))
+    values = config_lib.as_dict(config)
+    outcome = loop.train(
+        retro_recipe.make(config, workdir, mesh),
+        workdir / "runs" / values["name"],
+        config=_build(config, "train", TrainConfig),
+        optimizer=_build(config, "optimizer", OptimizerConfig),
+        mesh=mesh,
+        seed=values["seed"],
+        settings={"model": values["model"]},
+        report=common.say,
+    )
+    if not outcome.finished:
+        common.say(
+            f"train: stopped at step {outcome.step}, which is saved; run the same"
+            " command again to go on"
+        )
+        # Not 0: a script must not go on to evaluate an unfinished run.
+        sys.exit(SIGTERM_STATUS)
+    if outcome.seconds:
+        common.say(
+            f"train: {outcome.step} steps in {format_seconds(outcome.seconds)},"
+            f" {outcome.step / outcome.seconds:.2f} steps/s"
+        )
+
+
+def entry() -> None:
+    """The console script."""
+    common.run(main, name="train")
+
+
+def _build(config: ml_collections.ConfigDict, name: str, cls: type[T]) -> T:
+    section = config_lib.section(config, name)
+    return config_lib.build(cls, section, name=f"config.{name}")
+
+
+if __name__ == "__main__":
+    entry()

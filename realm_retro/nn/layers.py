@@ -1,0 +1,170 @@
+"""Small blocks that both systems are built from: norms, projections, feed-forward."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import cast
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from realm_retro.typing import Array, Float, Int
+
+
+def parameter(
+    module: nn.Module,
+    name: str,
+    init: nn.initializers.Initializer,
+    axes: Sequence[str | None],
+    shape: Sequence[int],
+) -> Array:
+    """Declares a float32 weight of `module` whose dimensions have logical axis names.
+
+    Only for use inside a compact ``__call__`` or ``setup``.
+    """
+    boxed = nn.with_logical_partitioning(init, tuple(axes))
+    # Flax's types say that this is a box; at run time it is the array inside.
+    return cast(Array, module.param(name, boxed, tuple(shape), jnp.float32))
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm (Zhang & Sennrich 2019), computed in float32.
+
+    Attributes:
+      dtype: dtype of the result; the scale is kept in float32.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    epsilon: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*axes width"]) -> Float[Array, "*axes width"]:
+        """Normalises the last axis."""
+        scale = parameter(self, "scale", nn.initializers.ones, ("norm",), x.shape[-1:])
+        y = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(mean_square + self.epsilon)
+        return (y * _like(scale, y)).astype(self.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm (Ba et al. 2016), computed in float32.
+
+    Attributes:
+      dtype: dtype of the result; scale and bias are kept in float32.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    epsilon: float = 1e-12
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*axes width"]) -> Float[Array, "*axes width"]:
+        """Normalises the last axis."""
+        width = x.shape[-1:]
+        scale = parameter(self, "scale", nn.initializers.ones, ("norm",), width)
+        bias = parameter(self, "bias", nn.initializers.zeros, ("norm",), width)
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        variance = jnp.mean(jnp.square(y), axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(variance + self.epsilon)
+        return (y * _like(scale, y) + _like(bias, y)).astype(self.dtype)
+
+
+class Projection(nn.Module):
+    """A linear map from the last axes of the input to new axes.
+
+    Attributes:
+      features: sizes of the new axes, e.g. ``(heads, head_dim)``.
+      axes: logical axis names of the weight: contracted axes, then new ones.
+      dtype: dtype of the product; the weight is kept in float32.
+      scale: multiplies the initial standard deviation of 1 / √fan-in.
+      contract: how many trailing axes of the input are contracted.
+      bias: whether a bias is added, zero at first.
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str | None, ...]
+    dtype: jnp.dtype = jnp.float32
+    scale: float = 1.0
+    contract: int = 1
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """``[…, *contracted] → […, *features]``."""
+        inputs = x.shape[x.ndim - self.contract :]
+        fan_in = 1
+        for size in inputs:
+            fan_in *= size
+        init = nn.initializers.normal(self.scale * fan_in**-0.5)
+        shape = (*inputs, *self.features)
+        weight = parameter(self, "kernel", init, self.axes, shape)
+        contracted = tuple(range(x.ndim - self.contract, x.ndim))
+        y = jax.lax.dot_general(
+            x.astype(self.dtype),
+            weight.astype(self.dtype),
+            ((contracted, tuple(range(self.contract))), ((), ())),
+        )
+        if self.bias:
+            names = self.axes[self.contract :]
+            bias = parameter(self, "bias", nn.initializers.zeros, names, self.features)
+            y = y + _like(bias, y).astype(self.dtype)
+        return y
+
+
+class FeedForward(nn.Module):
+    """Two projections with a GELU between them (the paper's FFW).
+
+    Attributes:
+      hidden: width between the projections (d_ffw).
+      scale: initial scale of the second projection.
+    """
+
+    hidden: int
+    dtype: jnp.dtype = jnp.float32
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*axes width"]) -> Float[Array, "*axes width"]:
+        """Maps each position by itself."""
+        h = Projection((self.hidden,), ("embed", "mlp"), self.dtype, name="up")(x)
+        h = nn.gelu(h, approximate=True)
+        return Projection(
+            (x.shape[-1],), ("mlp", "embed"), self.dtype, self.scale, name="down"
+        )(h)
+
+
+class TokenEmbedding(nn.Module):
+    """Token embeddings, and logits with the same weights.
+
+    Weights have variance 1 / width, so that logits of a normed activation start with
+    variance 1; embeddings are scaled by √width to start with variance 1 as well.
+
+    Attributes:
+      vocab_size: rows.
+      width: size of an embedding.
+    """
+
+    vocab_size: int
+    width: int
+    dtype: jnp.dtype = jnp.float32
+
+    def setup(self):
+        """Declares the table."""
+        init = nn.initializers.normal(self.width**-0.5)
+        shape = (self.vocab_size, self.width)
+        self.table = parameter(self, "table", init, ("vocab", "embed"), shape)
+
+    def __call__(self, tokens: Int[Array, "*axes"]) -> Float[Array, "*axes width"]:
+        """Looks tokens up."""
+        rows = jnp.take(self.table, tokens, axis=0).astype(self.dtype)
+        return rows * jnp.asarray(self.width**0.5, self.dtype)
+
+    def logits(self, x: Float[Array, "*axes width"]) -> Float[Array, "*axes vocab"]:
+        """Scores every token, in `dtype`."""
+        return jnp.einsum("...d,vd->...v", x, self.table.astype(self.dtype))
+
+
+def _like(values: Array, x: Array) -> Array:
+    return values.reshape((1,) * (x.ndim - values.ndim) + values.shape)

@@ -1,0 +1,47 @@
+"""Losses as (sum, weight) pairs, so that any batching gives the same mean."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from realm_retro.typing import Array, Float, Int
+
+
+def token_losses(
+    logits: Float[Array, "*axes vocab"], targets: Int[Array, "*axes"]
+) -> Float[Array, "*axes"]:
+    """Cross-entropy of each token in nats, computed in float32.
+
+    Args:
+      logits: unnormalised, any float dtype.
+      targets: ids in [0, vocab).
+    """
+    logits = logits.astype(jnp.float32)
+    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
+    return jax.nn.logsumexp(logits, axis=-1) - chosen
+
+
+def cross_entropy(
+    logits: Float[Array, "*axes vocab"],
+    targets: Int[Array, "*axes"],
+    mask: Array,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+    """Summed cross-entropy and the number of tokens it is summed over.
+
+    The caller divides, once, after the sums of all microbatches and devices are
+    added; a mean of means would weigh tokens of padded sequences more.
+
+    Args:
+      logits: unnormalised, any float dtype.
+      targets: ids; anything where `mask` is 0.
+      mask: bool, or a float weight for each target.
+
+    Returns:
+      (sum in nats, weight), float32 scalars.
+    """
+    weights = mask.astype(jnp.float32)
+    # Masked targets may be any number, −1 too: they must not gather out of bounds,
+    # whose NaN would survive the multiplication by 0.
+    losses = token_losses(logits, jnp.where(weights > 0, targets, 0))
+    return jnp.sum(losses * weights), jnp.sum(weights)

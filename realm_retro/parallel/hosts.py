@@ -1,0 +1,126 @@
+"""Several processes as one program: start-up, who writes, and agreement."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Mapping
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding
+
+from realm_retro.errors import UserError
+from realm_retro.typing import Array, HostArray, PyTree
+
+COORDINATOR = "JAX_COORDINATOR_ADDRESS"
+NUM_PROCESSES = "JAX_NUM_PROCESSES"
+PROCESS_ID = "JAX_PROCESS_ID"
+
+
+def initialise(
+    *, detect: bool = False, environ: Mapping[str, str] | None = None
+) -> None:
+    """Joins the other processes of a run; call it before anything touches a device.
+
+    A no-op for a single process, that is where neither asks for more:
+
+    * ``JAX_COORDINATOR_ADDRESS`` (host:port of process 0), ``JAX_NUM_PROCESSES`` and
+      ``JAX_PROCESS_ID`` in the environment, all three; or
+    * `detect`: JAX finds them itself on TPU pods, GKE, Slurm and Open MPI.
+
+    Args:
+      detect: let JAX ask the cluster.
+      environ: variables to read instead of the process's own.
+
+    Raises:
+      UserError: only some of the variables are set, or they are not numbers.
+    """
+    environ = os.environ if environ is None else environ
+    names = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
+    missing = [name for name in names if not environ.get(name)]
+    if not missing:
+        try:
+            count, index = int(environ[NUM_PROCESSES]), int(environ[PROCESS_ID])
+        except ValueError:
+            raise UserError(
+                f"{NUM_PROCESSES}={environ[NUM_PROCESSES]!r},"
+                f" {PROCESS_ID}={environ[PROCESS_ID]!r}: set both to whole numbers"
+            ) from None
+        jax.distributed.initialize(environ[COORDINATOR], count, index)
+    elif detect:
+        jax.distributed.initialize()
+    elif len(missing) < len(names):
+        raise UserError(
+            f"{', '.join(missing)} not set in the environment; set {', '.join(names)}"
+            " together, or none of them for a single process"
+        )
+
+
+def is_main() -> bool:
+    """Whether this process is the one that writes logs and manifests."""
+    return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+    """Waits until all processes have reached the point called `name`."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def broadcast(value: PyTree) -> PyTree:
+    """Process 0's value, on every process.
+
+    Args:
+      value: a tree of numbers or numpy arrays, of the same structure, shapes and
+        dtypes everywhere.
+    """
+    if jax.process_count() == 1:
+        return value
+    return multihost_utils.broadcast_one_to_all(value)
+
+
+def to_global(value: HostArray, sharding: NamedSharding) -> Array:
+    """Moves a global host array to the devices, each process its own rows only.
+
+    Args:
+      value: the whole array, equal on every process; its first axis is cut as
+        `sharding` says, the others are whole.
+      sharding: where the rows go.
+    """
+    rows = local_rows(sharding, value.shape)
+    return jax.make_array_from_process_local_data(sharding, value[rows], value.shape)
+
+
+def local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> HostArray | slice:
+    """The rows (first axis) that this process's devices hold, ascending."""
+    if jax.process_count() == 1:
+        return slice(None)
+    everywhere = sharding.addressable_devices_indices_map(shape)
+    rows = [np.arange(shape[0])[index[0]] for index in everywhere.values() if index]
+    return np.unique(np.concatenate(rows))
+
+
+@contextlib.contextmanager
+def preemption() -> Iterator[Callable[[int], bool]]:
+    """Yields ``asked_to_stop(step)``: whether SIGTERM came, the same on every host.
+
+    One process looks at its own signal. Several must agree on the step at which they
+    stop, or some would wait in a collective for ever: JAX's coordinator does that.
+    """
+    if jax.process_count() > 1:
+        yield multihost_utils.reached_preemption_sync_point
+        return
+    # Python takes signals in the main thread only; elsewhere there is none to catch.
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda step: False
+        return
+    stop = threading.Event()
+    previous = signal.signal(signal.SIGTERM, lambda *_: stop.set())
+    try:
+        yield lambda step: stop.is_set()
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,74 @@
+"""The only place that builds a device mesh."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+
+from realm_retro.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices lie along each axis; see `realm_retro.parallel.axes`.
+
+    Attributes:
+      data: replicas of the weights; −1 takes the devices that the others leave.
+      fsdp: pieces that each weight is stored in; −1 likewise.
+      tensor: pieces that each layer's work is cut into; −1 likewise.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        sizes = (self.data, self.fsdp, self.tensor)
+        if any(size < 1 and size != -1 for size in sizes) or sizes.count(-1) > 1:
+            raise ValueError(
+                f"(data, fsdp, tensor) = {sizes}: each must be 1 or more, and one of"
+                " them may be -1 (the devices that are left)"
+            )
+
+
+def make_mesh(
+    config: MeshConfig | None = None, devices: Sequence[Any] | None = None
+) -> Mesh:
+    """Lays devices out on the axes ``("data", "fsdp", "tensor")``.
+
+    Args:
+      config: the axis sizes; all devices on ``data`` where it is None.
+      devices: the devices to use; all of them, of all hosts, where it is None.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    config = config or MeshConfig()
+    devices = jax.devices() if devices is None else devices
+    sizes = [config.data, config.fsdp, config.tensor]
+    given = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and len(devices) % given == 0:
+        sizes[sizes.index(-1)] = len(devices) // given
+    if math.prod(sizes) != len(devices):
+        asked = " x ".join(f"{a}={n}" for a, n in zip(AXES, sizes, strict=True))
+        raise UserError(
+            f"config.mesh: {asked} does not fit {len(devices)} devices;"
+            " set one axis to -1 or make the product equal"
+        )
+    # Auto: since JAX 0.9 the default is Explicit, with which Linen's layers fail.
+    return jax.make_mesh(
+        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
+    )
+
+
+def active(mesh: Mesh) -> contextlib.AbstractContextManager:
+    """Inside a jitted function: makes `axes.constrain` lay out over `mesh`."""
+    return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

@@ -1,0 +1,68 @@
+"""An index on disk: one artefact, whichever backend wrote it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from etils import epath
+
+from realm_retro import artifacts
+from realm_retro.errors import UserError
+from realm_retro.retrieval.index.base import Index
+from realm_retro.retrieval.index.exact import ExactIndex
+from realm_retro.retrieval.index.scann import ScannIndex
+from realm_retro.typing import JsonDict
+
+KIND = "index"
+FORMAT_VERSION = 1
+MADE_BY = "realm_retro.cli.build_index"
+BACKENDS = ("scann", "exact")
+
+
+def save(
+    index: Index, stage: artifacts.Stage, meta: Mapping[str, object]
+) -> artifacts.Manifest:
+    """Writes an index and commits the stage; `meta` joins what `load` needs."""
+    index.save(stage)
+    own: JsonDict = {
+        "backend": index.backend,
+        "metric": index.metric,
+        "size": index.size,
+        "dim": index.dim,
+        index.backend: index.describe(),
+    }
+    return stage.commit({**meta, **own})
+
+
+def load_manifest(
+    directory: epath.PathLike,
+    *,
+    parents: Mapping[str, str] | None = None,
+    verify: bool = True,
+) -> artifacts.Manifest:
+    """Checks an index's files; see `artifacts.load`."""
+    return artifacts.load(
+        directory,
+        kind=KIND,
+        format_version=FORMAT_VERSION,
+        made_by=MADE_BY,
+        parents=parents,
+        verify=verify,
+    )
+
+
+def load(manifest: artifacts.Manifest) -> Index:
+    """The index of a checked manifest, with the backend that wrote it.
+
+    Raises:
+      UserError: the backend is unknown, or does not run here.
+    """
+    backend = manifest.meta.get("backend")
+    if backend == "exact":
+        return ExactIndex.load(manifest)
+    if backend == "scann":
+        return ScannIndex.load(manifest)
+    raise UserError(
+        f"{manifest.directory}: has the unknown backend {backend!r}; delete it and"
+        f" run: python -m {MADE_BY}"
+    )

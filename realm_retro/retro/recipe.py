@@ -1,0 +1,191 @@
+"""How a RETRO, or the plain decoder it is compared with, is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from etils import epath
+from jax.sharding import Mesh
+
+from realm_retro import artifacts
+from realm_retro import config as config_lib
+from realm_retro.data import chunk_store, loader
+from realm_retro.data.chunk_store import ChunkStore
+from realm_retro.errors import UserError
+from realm_retro.nn import losses
+from realm_retro.parallel import axes
+from realm_retro.parallel import mesh as meshes
+from realm_retro.retrieval.neighbours import NeighbourTable
+from realm_retro.retro import batches, flops
+from realm_retro.retro.config import RetroConfig
+from realm_retro.retro.model import Retro
+from realm_retro.train.config import TrainConfig
+from realm_retro.train.recipe import Recipe
+from realm_retro.typing import Array, Batch, PyTree
+
+BATCH_SPEC = {
+    "tokens": ("batch", "length"),
+    "targets": ("batch", "length"),
+    "loss_mask": ("batch", "length"),
+    "segments": ("batch", "length"),
+}
+NEIGHBOUR_SPEC = {
+    "neighbours": ("batch", "chunks", "neighbours", "retrieved"),
+    "neighbour_mask": ("batch", "chunks", "neighbours", "retrieved"),
+}
+
+
+def make(
+    config: ml_collections.ConfigDict, workdir: epath.PathLike, mesh: Mesh
+) -> Recipe:
+    """The recipe of a config, on the chunks and neighbours of a workdir.
+
+    Args:
+      config: sections ``model`` and ``train``, and ``seed``.
+      workdir: holds ``chunks/`` and, where the model retrieves, ``neighbours/``.
+      mesh: the devices that will train.
+
+    Raises:
+      UserError: an artefact is missing or does not fit the config.
+    """
+    model = model_config(config)
+    train = config_lib.build(TrainConfig, config.train, name="config.train")
+    store = open_store(model, workdir)
+    table = open_neighbours(model, store, workdir, k=train.neighbours)
+    source = batches.WindowSource(
+        batches.training_windows(
+            store, chunk_store.TRAIN, train.sequence_chunks, config.seed
+        ),
+        store,
+        table,
+        train.neighbours,
+    )
+    rows = loader.batches(source, seed=config.seed, batch_size=train.batch_size)
+    window = train.sequence_chunks * model.chunk_length
+    tokens = train.batch_size * window
+    parents = [store.fingerprint] + ([table.fingerprint] if table else [])
+    epochs = train.steps * train.batch_size / max(1, len(source))
+    return Recipe(
+        description=(
+            f"{'RETRO' if model.retrieves else 'plain decoder'} with"
+            f" {count_params(model) / 1e6:.1f}M parameters, {len(source)} windows of"
+            f" {window} tokens, {train.steps} steps = {epochs:.1f} epochs,"
+            f" {mesh.size} device{'s' if mesh.size > 1 else ''}"
+        ),
+        init=init_fn(model),
+        loss=loss_fn(model, mesh),
+        batch_at=rows.__getitem__,
+        batch_spec=batch_spec(model),
+        tokens_per_step=tokens,
+        flops_per_step=flops.training_flops(
+            model, tokens=tokens, window=window, k=train.neighbours
+        ),
+        fingerprint=artifacts.fingerprint_of(parents),
+    )
+
+
+def model_config(config: ml_collections.ConfigDict) -> RetroConfig:
+    """The model's shape from a config's section ``model``."""
+    return config_lib.build(RetroConfig, config.model, name="config.model")
+
+
+def open_store(model: RetroConfig, workdir: epath.PathLike) -> ChunkStore:
+    """The chunks of a workdir.
+
+    Raises:
+      UserError: its chunks or its vocabulary do not fit the model.
+    """
+    store = ChunkStore.open(epath.Path(workdir) / "chunks")
+    if store.chunk_length != model.chunk_length:
+        raise UserError(
+            f"{workdir}/chunks: chunks of {store.chunk_length} tokens do not fit"
+            f" config.model.chunk_length={model.chunk_length}; make them equal"
+        )
+    if store.tokenizer.vocab_size > model.vocab_size:
+        raise UserError(
+            f"{workdir}/chunks: a vocabulary of {store.tokenizer.vocab_size} does not"
+            f" fit config.model.vocab_size={model.vocab_size}; raise it"
+        )
+    return store
+
+
+def open_neighbours(
+    model: RetroConfig, store: ChunkStore, workdir: epath.PathLike, *, k: int
+) -> NeighbourTable | None:
+    """The neighbours of a workdir's chunks; None for a plain decoder.
+
+    Raises:
+      UserError: they are of other chunks, or fewer than `k`.
+    """
+    if not model.retrieves:
+        return None
+    table = NeighbourTable.open(
+        epath.Path(workdir) / "neighbours", parents={"chunks": store.fingerprint}
+    )
+    if k > table.ids.shape[1]:
+        raise UserError(
+            f"{workdir}/neighbours: holds {table.ids.shape[1]} neighbours of each"
+            f" chunk, {k} are asked for; ask for fewer or raise config.neighbours.k,"
+            " delete the folder and run: python -m realm_retro.cli.find_neighbours"
+        )
+    return table
+
+
+def init_fn(model: RetroConfig) -> Callable[[Array], PyTree]:
+    """Key → boxed parameters."""
+
+    def init(key: Array) -> PyTree:
+        n = model.chunk_length
+        tokens = jnp.zeros((1, n), jnp.int32)
+        if not model.retrieves:
+            return Retro(model).init(key, tokens)
+        neighbours = jnp.zeros((1, 1, 1, model.neighbour_length), jnp.int32)
+        mask = jnp.ones(neighbours.shape, bool)
+        return Retro(model).init(key, tokens, None, neighbours, mask)
+
+    return init
+
+
+def loss_fn(model: RetroConfig, mesh: Mesh):
+    """(parameters, batch, key) → summed loss in nats, tokens, no further metrics."""
+
+    def loss(params: PyTree, batch: Batch, key: Array):
+        del key  # nothing is random: the paper trains without dropout
+        with meshes.active(mesh):
+            logits = apply(model, params, batch)
+        total, weight = losses.cross_entropy(
+            logits, batch["targets"], batch["loss_mask"]
+        )
+        return total, weight, {}
+
+    return loss
+
+
+def apply(model: RetroConfig, params: PyTree, batch: Batch) -> Array:
+    """Logits of a batch of windows; RETRO[OFF] where it holds no neighbours."""
+    return Retro(model).apply(
+        params,
+        batch["tokens"],
+        batch["segments"],
+        batch.get("neighbours"),
+        batch.get("neighbour_mask"),
+    )  # pyright: ignore[reportReturnType]
+
+
+def batch_spec(model: RetroConfig) -> Mapping[str, axes.Names]:
+    """Logical axes of each array of a batch."""
+    return {**BATCH_SPEC, **(NEIGHBOUR_SPEC if model.retrieves else {})}
+
+
+def abstract_params(config: ml_collections.ConfigDict) -> PyTree:
+    """Shapes of a config's boxed parameters; nothing is computed."""
+    return jax.eval_shape(init_fn(model_config(config)), jax.random.key(0))
+
+
+def count_params(model: RetroConfig) -> int:
+    """All parameters, embeddings included."""
+    shapes = jax.eval_shape(init_fn(model), jax.random.key(0))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes))

@@ -1,0 +1,167 @@
+"""Checkpoints by Orbax: written beside the training, restored onto any mesh.
+
+A checkpoint is a folder named by its step with three items: ``params``, ``opt_state``
+and ``meta`` (JSON). They are apart so that evaluation reads the weights alone. Orbax
+writes a folder under another name, or without its mark of success, until it is whole,
+and does not see such a folder again: a half-written checkpoint is never restored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from etils import epath
+from jax.sharding import Mesh
+
+from realm_retro.errors import UserError
+from realm_retro.train import state as states
+from realm_retro.train.state import TrainState
+from realm_retro.typing import Array, JsonDict, PyTree
+
+FOLDER = "checkpoints"
+
+
+class Checkpoints:
+    """The checkpoints of one run; a context manager that ends with all written."""
+
+    def __init__(self, run_dir: epath.PathLike, *, keep: int | None = None):
+        """Opens the folder.
+
+        Args:
+          run_dir: the folder of the run.
+          keep: how many of the newest stay; None opens it for reading only.
+        """
+        self.directory = epath.Path(run_dir).absolute() / FOLDER
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                preservation_policy=ocp.checkpoint_managers.LatestN(keep),
+                read_only=keep is None,
+                create=keep is not None,
+            ),
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        with _disk_errors(self.directory):
+            self._manager.close()
+
+    def latest(self) -> int | None:
+        """The step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: TrainState, meta: JsonDict) -> None:
+        """Copies the state off the devices and writes it in the background.
+
+        On return the state may be donated. An error of an earlier write is raised
+        by a later call.
+
+        Args:
+          step: the state's step.
+          state: what to save; each host writes its own shards.
+          meta: what else a later run wants to know.
+        """
+        with _disk_errors(self.directory):
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardSave(state.params),
+                    opt_state=ocp.args.StandardSave(state.opt_state),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                force=True,
+            )
+
+    def wait(self) -> None:
+        """Returns when all is on the disk."""
+        with _disk_errors(self.directory):
+            self._manager.wait_until_finished()
+
+    def restore(self, step: int, abstract: TrainState) -> tuple[TrainState, JsonDict]:
+        """Reads one checkpoint, whatever mesh it was written from.
+
+        Args:
+          step: one that exists.
+          abstract: the shapes, dtypes and shardings wanted.
+
+        Raises:
+          UserError: it is damaged, or of a model of other shapes.
+        """
+        found = self._read(
+            step,
+            params=ocp.args.StandardRestore(abstract.params),
+            opt_state=ocp.args.StandardRestore(abstract.opt_state),
+            meta=ocp.args.JsonRestore(),
+        )
+        count = jax.device_put(np.int32(step), abstract.step.sharding)
+        return TrainState(count, found.params, found.opt_state), found.meta
+
+    def restore_params(self, step: int, abstract: PyTree) -> PyTree:
+        """Reads the weights alone; see `restore`."""
+        return self._read(step, params=ocp.args.StandardRestore(abstract)).params
+
+    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**items))
+        except (ValueError, KeyError, OSError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"{self.directory / str(step)}: cannot be read: it is damaged (delete"
+                " it to go on from the one before) or of a model of other sizes"
+                f" (use another --config.name): {reason}"
+            ) from error
+
+
+def restore_params(
+    run_dir: epath.PathLike,
+    init: Callable[[Array], PyTree],
+    mesh: Mesh,
+    *,
+    step: int | None = None,
+) -> tuple[PyTree, int]:
+    """The trained weights of a run, laid out over `mesh`.
+
+    Args:
+      run_dir: the folder of the run.
+      init: key → boxed parameters, as `Recipe.init`; only traced.
+      mesh: where they shall lie; not necessarily that of the training.
+      step: which checkpoint; the newest where it is None.
+
+    Returns:
+      (weights, step).
+
+    Raises:
+      UserError: there is no such checkpoint, or it does not fit `init`.
+    """
+    directory = epath.Path(run_dir) / FOLDER
+    again = "run: python -m realm_retro.cli.train"
+    if not directory.exists():
+        raise UserError(f"{directory}: there is no checkpoint; {again}")
+    with Checkpoints(run_dir) as checkpoints:
+        step = checkpoints.latest() if step is None else step
+        if step is None or not (directory / str(step)).exists():
+            which = "no whole checkpoint" if step is None else f"no checkpoint {step}"
+            raise UserError(f"{directory}: there is {which}; {again}")
+        abstract = states.abstract_params(init, mesh)
+        return checkpoints.restore_params(step, abstract), step
+
+
+@contextlib.contextmanager
+def _disk_errors(directory: epath.Path) -> Iterator[None]:
+    # A full disk comes out of the storage library as an error of another kind.
+    try:
+        yield
+    except Exception as error:
+        if "No space left" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"{directory}: the disk is full; free space and run the same command again,"
+            " it goes on from the last whole checkpoint"
+        ) from error

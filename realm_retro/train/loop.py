@@ -1,0 +1,259 @@
+"""The one training loop. It knows no model: it is handed a `Recipe`."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+from etils import epath
+from jax.sharding import Mesh
+
+from realm_retro.artifacts import Stage
+from realm_retro.errors import UserError
+from realm_retro.parallel import axes, hosts
+from realm_retro.train import optim
+from realm_retro.train import state as states
+from realm_retro.train.checkpoint import Checkpoints
+from realm_retro.train.config import TrainConfig
+from realm_retro.train.metrics import Meter, MetricsLog, format_line
+from realm_retro.train.optim import Optimizer, OptimizerConfig
+from realm_retro.train.recipe import LoopState, Recipe
+from realm_retro.train.state import TrainState
+from realm_retro.train.step import make_train_step
+from realm_retro.typing import Batch, JsonDict
+
+KIND = "run"
+FORMAT_VERSION = 1
+MADE_BY = "realm_retro.cli.train"
+
+# How many steps are dispatched beyond the one whose metrics are fetched, and how many
+# batches lie ready beyond the one being used.
+_DISPATCHED = 2
+_PREFETCHED = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How a call of `train` ended.
+
+    Attributes:
+      finished: whether the run is complete; False after SIGTERM.
+      step: the last checkpoint's.
+      seconds: spent in training, over all starts of the run.
+    """
+
+    finished: bool
+    step: int
+    seconds: float
+
+
+def train(
+    recipe: Recipe,
+    run_dir: epath.PathLike,
+    *,
+    config: TrainConfig,
+    optimizer: OptimizerConfig,
+    mesh: Mesh,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+    report: Callable[[str], None] = print,
+) -> Outcome:
+    """Trains from the newest checkpoint, or from the start, to the last step.
+
+    The result is the same, bit for bit on one machine, however often the run was
+    interrupted: the state is saved whole, and batches and random keys are functions
+    of (seed, step).
+
+    Args:
+      recipe: what to train, on what.
+      run_dir: the folder of the run; created if needed.
+      config: steps, batches, logging.
+      optimizer: learning rate and so on.
+      mesh: the devices; may differ from that of an earlier start.
+      seed: of the initial weights and of dropout.
+      settings: whatever else determines the weights (the model's sizes): another
+        value is refused in the same `run_dir`.
+      report: takes lines for the user, in the main process.
+
+    Raises:
+      UserError: `run_dir` is a run with other settings; the loss is not finite (the
+        last good checkpoint stays); the disk is full.
+    """
+    report = report if hosts.is_main() else _ignore
+    decisive = {
+        **(settings or {}),
+        "seed": seed,
+        "train": config.decisive,
+        "optimizer": dataclasses.asdict(optimizer),
+    }
+    stage = _open(run_dir, decisive, recipe.fingerprint)
+    run_dir, started = stage.directory, time.perf_counter()
+    if stage.finished:
+        report(f"{run_dir}: training is complete ({config.steps} steps)")
+        return Outcome(True, config.steps, 0.0)
+    report(recipe.description)
+    _note_uneven(config, mesh, report)
+    rule, abstract = _plan(recipe, config, optimizer, mesh)
+    step_fn = make_train_step(
+        recipe, rule, abstract, mesh, seed=seed, accumulation=config.accumulation
+    )
+    with Checkpoints(run_dir, keep=config.keep) as checkpoints:
+        done = checkpoints.latest() or 0
+        if done:
+            state, meta = checkpoints.restore(done, abstract)
+            report(f"{run_dir}: going on from step {done}")
+        else:
+            state, meta = states.init_state(recipe.init, rule, abstract, seed), {}
+        started -= meta.get("seconds", 0.0)
+        with (
+            _records(run_dir, done, config.steps, report) as record,
+            hosts.preemption() as asked_to_stop,
+            contextlib.closing(_batches(recipe, mesh, done, config.steps)) as batches,
+        ):
+            meter = Meter(
+                recipe,
+                mesh,
+                every=config.log_every,
+                steps=config.steps,
+                report=record,
+            )
+            dispatched = collections.deque()
+            for step, batch in enumerate(batches, done + 1):
+                # 1. Dispatch. The call returns before the device has done anything;
+                #    the old state is given away with it. The first call compiles.
+                with jax.transfer_guard("disallow"):
+                    state, metrics = step_fn(state, batch)
+                if step == done + 1:
+                    meter.start()
+                # 2. Only then look back, at a step whose successors the device has
+                #    already: it never idles while the host waits here, and the host
+                #    cannot run away with batches and memory.
+                dispatched.append((step, metrics))
+                while len(dispatched) > _DISPATCHED:
+                    meter.add(*dispatched.popleft())
+                for hook in recipe.hooks:
+                    hook(LoopState(step, state, run_dir))
+                # 3. Save between steps: before the next one takes the state's memory,
+                #    and after all metrics have been looked at, so that no checkpoint
+                #    holds what a loss that is not finite left behind.
+                stopping = asked_to_stop(step)
+                last = step == config.steps
+                if stopping or last or step % config.checkpoint_every == 0:
+                    while dispatched:
+                        meter.add(*dispatched.popleft())
+                    seconds = time.perf_counter() - started
+                    checkpoints.save(step, state, {"seconds": seconds})
+                    done = step
+                if stopping:
+                    break
+        checkpoints.wait()
+    outcome = Outcome(done == config.steps, done, time.perf_counter() - started)
+    if outcome.finished and hosts.is_main():
+        stage.commit({"steps": done, "seconds": outcome.seconds})
+    return outcome
+
+
+def _open(run_dir: epath.PathLike, settings: JsonDict, data: str) -> Stage:
+    # The main process goes first, so that the others find its request and compare.
+    if not hosts.is_main():
+        hosts.barrier("run folder")
+    try:
+        stage = Stage.open(
+            run_dir,
+            kind=KIND,
+            format_version=FORMAT_VERSION,
+            config=settings,
+            parents={"data": data},
+            made_by=MADE_BY,
+        )
+    except UserError as error:
+        raise UserError(f"{error}, or give this run its own --config.name") from None
+    if hosts.is_main():
+        hosts.barrier("run folder")
+    return stage
+
+
+def _plan(
+    recipe: Recipe, config: TrainConfig, optimizer: OptimizerConfig, mesh: Mesh
+) -> tuple[Optimizer, TrainState]:
+    """The update rule, and the state's shapes and shardings; nothing is computed."""
+    boxed = jax.eval_shape(recipe.init, jax.random.key(0))
+    params = states.abstract_params(recipe.init, mesh)
+    everything = jax.tree.map(lambda _: True, params)
+    rule = optim.make_optimizer(
+        optimizer,
+        steps=config.steps,
+        trainable=recipe.trainable(params) if recipe.trainable else everything,
+        decayed=optim.decay_mask(boxed),
+    )
+    return rule, states.abstract_state(params, rule)
+
+
+def _batches(
+    recipe: Recipe, mesh: Mesh, start: int, stop: int
+) -> Generator[Batch, None, None]:
+    """Batches of steps start…stop−1 on the devices, built ahead in a thread."""
+
+    def place(step: int) -> Batch:
+        batch = recipe.batch_at(step)
+        if batch.keys() != recipe.batch_spec.keys():
+            raise ValueError(f"batch {set(batch)} is not {set(recipe.batch_spec)}")
+        return {
+            name: hosts.to_global(
+                x, axes.sharding(recipe.batch_spec[name], x.shape, mesh)
+            )
+            for name, x in batch.items()
+        }
+
+    steps = iter(range(start, stop))
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        ahead = collections.deque(
+            pool.submit(place, step) for step in itertools.islice(steps, _PREFETCHED)
+        )
+        try:
+            while ahead:
+                batch = ahead.popleft().result()
+                ahead.extend(pool.submit(place, s) for s in itertools.islice(steps, 1))
+                yield batch
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+@contextlib.contextmanager
+def _records(
+    run_dir: epath.Path, done: int, steps: int, report: Callable[[str], None]
+) -> Iterator[Callable[[JsonDict], None]]:
+    """Yields what writes a record to the log files and, as a line, to the user."""
+    if not hosts.is_main():
+        yield _ignore
+        return
+    with MetricsLog(run_dir, resumed_at=done) as log:
+
+        def write(record: JsonDict) -> None:
+            log.write(record)
+            report(format_line(record, steps))
+
+        yield write
+
+
+def _note_uneven(
+    config: TrainConfig, mesh: Mesh, report: Callable[[str], None]
+) -> None:
+    rows = config.batch_size // config.accumulation
+    devices = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % devices:
+        report(
+            f"note: {rows} rows at a time (config.train.batch_size / accumulation) do"
+            f" not divide over {devices} data and fsdp devices: some do the same work"
+        )
+
+
+def _ignore(_: object) -> None:
+    pass

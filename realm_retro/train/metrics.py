@@ -1,0 +1,212 @@
+"""What a run tells of itself: a line, a JSON record and TensorBoard at once."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from tensorboardX import SummaryWriter
+
+from realm_retro.errors import UserError
+from realm_retro.train.recipe import Recipe
+from realm_retro.train.step import Metrics
+from realm_retro.typing import JsonDict
+
+FILE = "metrics.jsonl"
+
+# Dense bfloat16 peak of one device, FLOP/s, by the start of JAX's device_kind. From the
+# makers' data sheets: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e) and NVIDIA's A100,
+# H100 and H200 data sheets (without sparsity). First match wins.
+PEAK_FLOPS = {
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5e": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6": 918e12,
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100": 989e12,
+    "NVIDIA H200": 989e12,
+}
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Peak FLOP/s of one device; None where the table does not know it (CPUs)."""
+    for prefix, peak in PEAK_FLOPS.items():
+        if device_kind.startswith(prefix):
+            return peak
+    return None
+
+
+class Meter:
+    """Adds the metrics of steps up and reports them every so often.
+
+    Sums and weights are added over the steps of a record before they are divided,
+    so a record is the mean over tokens.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        mesh: Mesh,
+        *,
+        every: int,
+        steps: int,
+        report: Callable[[JsonDict], None],
+    ):
+        """Prepares the first record.
+
+        Args:
+          recipe: for its tokens and operations of a step.
+          mesh: the devices that the work is spread over.
+          every: steps of a record.
+          steps: of the whole run; its last step ends a record too.
+          report: takes each record.
+        """
+        self._recipe = recipe
+        peak = peak_flops(mesh.devices.flat[0].device_kind)
+        self._peak = peak and peak * mesh.devices.size
+        self._every = every
+        self._steps = steps
+        self._report = report
+        self._sums: dict[str, np.ndarray] = {}
+        self._count = 0
+        self._since = time.perf_counter()
+
+    def start(self) -> None:
+        """Starts the clock, when the step has been compiled."""
+        self._since = time.perf_counter()
+
+    def add(self, step: int, metrics: Metrics) -> None:
+        """Fetches the metrics of one step, waiting for it if need be.
+
+        Args:
+          step: number of the step, from 1.
+          metrics: name → (sum, weight) on the devices.
+
+        Raises:
+          UserError: the loss or the gradient is not finite.
+        """
+        values = {
+            k: np.array(v, np.float64) for k, v in jax.device_get(metrics).items()
+        }
+        _check_finite(step, values)
+        for name, pair in values.items():
+            self._sums[name] = self._sums.get(name, 0.0) + pair
+        self._count += 1
+        if step % self._every == 0 or step == self._steps:
+            self._report(self._record(step))
+
+    def _record(self, step: int) -> JsonDict:
+        now = time.perf_counter()
+        seconds = (now - self._since) / self._count
+        means = {k: float(s / w) if w else 0.0 for k, (s, w) in self._sums.items()}
+        record = {
+            "step": step,
+            **means,
+            "tokens": step * self._recipe.tokens_per_step,
+            "tokens_per_second": self._recipe.tokens_per_step / seconds,
+            "seconds_per_step": seconds,
+        }
+        if self._peak and self._recipe.flops_per_step:
+            record["mfu"] = self._recipe.flops_per_step / seconds / self._peak
+        self._sums, self._count, self._since = {}, 0, now
+        return record
+
+
+class MetricsLog:
+    """``metrics.jsonl`` and ``tensorboard/`` of a run; a context manager."""
+
+    def __init__(self, run_dir: epath.Path, *, resumed_at: int):
+        """Opens both, and forgets what an interrupted run logged beyond its checkpoint.
+
+        Args:
+          run_dir: the folder of the run.
+          resumed_at: the step of the checkpoint; records after it will come again.
+        """
+        path = run_dir / FILE
+        _cut_after(path, resumed_at)
+        self._file = path.open("a")
+        self._board = SummaryWriter(
+            str(run_dir / "tensorboard"), purge_step=resumed_at + 1
+        )
+
+    def __enter__(self) -> MetricsLog:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+        self._board.close()
+
+    def write(self, record: Mapping[str, float]) -> None:
+        """Writes one record, at once, so that a killed run keeps it."""
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in record.items():
+            if name != "step":
+                self._board.add_scalar(name, value, int(record["step"]))
+        self._board.flush()
+
+
+def format_line(record: Mapping[str, float], steps: int) -> str:
+    """One line for a person: where the run is, how good, how fast, how long still."""
+    shown = {"step", "loss", "grad_norm", "learning_rate", "tokens"}
+    shown |= {"tokens_per_second", "seconds_per_step", "mfu"}
+    seconds = record["seconds_per_step"]
+    mfu = f"{record['mfu']:.1%}" if "mfu" in record else "–"
+    parts = [
+        f"step {int(record['step'])}/{steps}",
+        f"loss {record['loss']:.3f}",
+        *(f"{k} {v:.4g}" for k, v in record.items() if k not in shown),
+        f"lr {record['learning_rate']:.1e}",
+        f"grad {record['grad_norm']:.2f}",
+        f"{record['tokens_per_second']:,.0f} tok/s",
+        f"{seconds * 1000:,.0f} ms/step",
+        f"MFU {mfu}",
+        f"left {format_seconds((steps - record['step']) * seconds)}",
+    ]
+    return "  ".join(parts)
+
+
+def format_seconds(seconds: float) -> str:
+    """``1h02m``, ``1m15s`` or ``9s``."""
+    whole = round(seconds)
+    if whole >= 3600:
+        return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
+
+
+def _check_finite(step: int, values: Mapping[str, np.ndarray]) -> None:
+    for name in ("loss", "grad_norm"):
+        if not math.isfinite(values[name][0]):
+            raise UserError(
+                f"step {step}: {name} is {values[name][0]}, so training stopped; the"
+                " last good checkpoint is kept; lower"
+                " config.optimizer.peak_learning_rate or lengthen"
+                " config.optimizer.warmup_steps, and use another --config.name"
+            )
+
+
+def _cut_after(path: epath.Path, step: int) -> None:
+    # A kill can leave half a line at the end; like any later record, it goes.
+    if not path.exists():
+        return
+    lines = path.read_text().splitlines(keepends=True)
+    kept = [line for line in lines if _step_of(line) <= step]
+    if kept != lines:
+        temporary = path.parent / f"{path.name}.tmp"
+        temporary.write_text("".join(kept))
+        temporary.replace(path)
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

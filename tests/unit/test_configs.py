@@ -1,0 +1,91 @@
+"""Every file in configs/ is loaded, and its model's shapes are worked out."""
+
+import ast
+import importlib.util
+import inspect
+import math
+import pathlib
+import re
+
+import jax
+import ml_collections
+import pytest
+
+from realm_retro import artifacts
+from realm_retro import config as config_lib
+from realm_retro.retro import recipe
+
+ROOT = pathlib.Path(__file__).parents[2]
+FILES = sorted((ROOT / "configs").rglob("*.py"))
+
+
+def module_of(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def name(path):
+    return str(path.relative_to(ROOT))
+
+
+def variants():
+    """(path, arguments of get_config): ``file.py`` and, where it has it, ``:plain``."""
+    for path in FILES:
+        yield pytest.param(path, (), id=name(path))
+        if inspect.signature(module_of(path).get_config).parameters:
+            yield pytest.param(path, ("plain",), id=f"{name(path)}:plain")
+
+
+def load(path, arguments):
+    return module_of(path).get_config(*arguments)
+
+
+def test_there_are_configs():
+    assert "configs/retro/quickstart.py" in map(name, FILES)
+
+
+@pytest.mark.parametrize(("path", "arguments"), variants())
+def test_it_is_plain_and_the_same_each_time(path, arguments):
+    config = load(path, arguments)
+    assert isinstance(config, ml_collections.ConfigDict)
+    values = config_lib.as_dict(config)
+    again = config_lib.as_dict(load(path, arguments))
+    assert artifacts.fingerprint_of(values) == artifacts.fingerprint_of(again)
+    assert isinstance(config.name, str)
+    assert isinstance(config.seed, int)
+
+
+@pytest.mark.parametrize("path", FILES, ids=name)
+def test_its_docstring_carries_command_cost_and_expected_result(path):
+    doc = ast.get_docstring(ast.parse(path.read_text()))
+    assert doc is not None
+    for word in ("Command:", "Cost", "Expected|result"):
+        assert re.search(word, doc), word
+
+
+@pytest.mark.parametrize(("path", "arguments"), variants())
+def test_the_models_shapes_fit(path, arguments):
+    config = load(path, arguments)
+    if "model" not in config:
+        pytest.skip("settings of a corpus alone")
+    leaves = jax.tree.leaves(recipe.abstract_params(config))
+    assert leaves, "a model without parameters"
+    # Shapes alone: nothing may be allocated, whatever the size.
+    assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
+    assert all(math.prod(leaf.shape) > 0 for leaf in leaves)
+    assert {leaf.dtype.name for leaf in leaves} == {"float32"}
+
+
+@pytest.mark.parametrize(("path", "arguments"), variants())
+def test_every_section_is_one_that_its_stage_reads(path, arguments):
+    config = load(path, arguments)
+    for section, cls in SECTIONS.items():
+        config_lib.build(
+            cls, config_lib.section(config, section), name=f"config.{section}"
+        )
+    unknown = set(config) - set(SECTIONS) - {"name", "seed"}
+    assert not unknown, "nobody reads these"

@@ -1,0 +1,116 @@
+import shutil
+
+import chex
+import jax
+import pytest
+import toy_training as toy
+
+from realm_retro.errors import UserError
+from realm_retro.train import optim, state
+from realm_retro.train.checkpoint import FOLDER, Checkpoints, restore_params
+
+
+def plan(mesh, init=None):
+    init = init or toy.make_recipe().init
+    params = state.abstract_params(init, mesh)
+    rule = optim.make_optimizer(
+        toy.OPTIMIZER,
+        steps=20,
+        trainable=jax.tree.map(lambda _: True, params),
+        decayed=jax.tree.map(lambda _: True, params),
+    )
+    return init, rule, state.abstract_state(params, rule)
+
+
+@pytest.fixture(scope="module")
+def born():
+    return state.init_state(*plan(toy.mesh_of(2, 2, 2)), seed=1)
+
+
+@pytest.fixture(scope="module")
+def written(born, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    with Checkpoints(folder, keep=2) as checkpoints:
+        for step in (1, 2, 3):
+            checkpoints.save(step, born, {"seconds": step / 2})
+    return folder
+
+
+@pytest.fixture
+def run_dir(written, tmp_path):
+    return shutil.copytree(written, tmp_path / "run")
+
+
+def test_only_the_newest_are_kept(run_dir):
+    assert {p.name for p in (run_dir / FOLDER).iterdir()} == {"2", "3"}
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_restores_onto_any_mesh(run_dir, born, sizes):
+    _, _, abstract = plan(toy.mesh_of(*sizes))
+    with Checkpoints(run_dir, keep=2) as checkpoints:
+        assert checkpoints.latest() == 3
+        found, meta = checkpoints.restore(3, abstract)
+    assert meta == {"seconds": 1.5}
+    assert found.step == 3
+    assert state.shardings_of(found) == state.shardings_of(abstract)
+    chex.assert_trees_all_equal(found.params, born.params)
+    chex.assert_trees_all_equal(found.opt_state, born.opt_state)
+
+
+def test_params_alone(run_dir, born):
+    # The moments are not read: they could even be gone.
+    shutil.rmtree(run_dir / FOLDER / "3" / "opt_state")
+    mesh = toy.mesh_of(1, 2, 1)
+    params, step = restore_params(run_dir, toy.make_recipe().init, mesh)
+    assert step == 3
+    chex.assert_trees_all_equal(params, born.params)
+    assert params["up"]["kernel"].sharding.mesh == mesh
+    assert restore_params(run_dir, toy.make_recipe().init, mesh, step=2)[1] == 2
+
+
+def test_no_checkpoint(run_dir, tmp_path):
+    init, mesh = toy.make_recipe().init, toy.mesh_of(1, 1, 1)
+    with pytest.raises(UserError, match=r"there is no checkpoint; run: .*cli\.train"):
+        restore_params(tmp_path / "nowhere", init, mesh)
+    with pytest.raises(UserError, match="there is no checkpoint 1;"):
+        restore_params(run_dir, init, mesh, step=1)
+    shutil.rmtree(run_dir / FOLDER)
+    (run_dir / FOLDER).mkdir()
+    with pytest.raises(UserError, match="no whole checkpoint"):
+        restore_params(run_dir, init, mesh)
+
+
+def test_a_half_written_checkpoint_is_ignored(run_dir):
+    folder = run_dir / FOLDER
+    shutil.copytree(folder / "3", folder / "4.orbax-checkpoint-tmp")
+    with Checkpoints(run_dir, keep=2) as checkpoints:
+        assert checkpoints.latest() == 3
+    _, step = restore_params(run_dir, toy.make_recipe().init, toy.mesh_of(1, 1, 1))
+    assert step == 3
+
+
+@pytest.mark.parametrize("gone", ["params/manifest.ocdbt", "params"])
+def test_a_damaged_checkpoint_is_an_error_and_not_skipped(run_dir, gone):
+    path = run_dir / FOLDER / "3" / gone
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(
+        UserError, match=r"checkpoints/3: cannot be read: it is damaged"
+    ):
+        restore_params(run_dir, toy.make_recipe().init, toy.mesh_of(1, 1, 1))
+
+
+def test_truncated_arrays_are_an_error(run_dir):
+    for path in (run_dir / FOLDER / "3" / "params").rglob("d/*"):
+        path.write_bytes(path.read_bytes()[:-40])
+    with pytest.raises(
+        UserError, match=r"checkpoints/3: cannot be read: it is damaged"
+    ):
+        restore_params(run_dir, toy.make_recipe().init, toy.mesh_of(1, 1, 1))
+
+
+def test_another_model_is_an_error(run_dir, monkeypatch):
+    monkeypatch.setattr(toy, "HIDDEN", 2 * toy.HIDDEN)
+    init = toy.make_recipe().init
+    with pytest.raises(UserError, match="of a model of other sizes"):
+        restore_params(run_dir, init, toy.mesh_of(1, 1, 1))

@@ -1,0 +1,210 @@
+import dataclasses
+import json
+import threading
+
+import jax
+import numpy as np
+import pytest
+import toy_training as toy
+
+from realm_retro.errors import UserError
+from realm_retro.train.checkpoint import Checkpoints
+from realm_retro.train.config import TrainConfig
+from realm_retro.train.metrics import FILE
+
+
+def records(run_dir):
+    return [json.loads(line) for line in (run_dir / FILE).read_text().splitlines()]
+
+
+def saved(run_dir):
+    with Checkpoints(run_dir) as checkpoints:
+        return checkpoints.latest()
+
+
+def test_it_learns_and_says_so(tmp_path):
+    lines = []
+    outcome = toy.run(tmp_path, steps=60, log_every=20, lines=lines)
+    assert outcome.finished
+    assert outcome.step == 60
+    losses = [record["loss"] for record in records(tmp_path)]
+    assert len(losses) == 3
+    assert losses[-1] < losses[0] - 0.5
+    assert lines[0] == "toy: two layers"
+    assert lines[-1].startswith(f"step 60/60  loss {losses[-1]:.3f}  accuracy 0.")
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["meta"]["steps"] == 60
+    assert manifest["parents"] == {"data": "toy data"}
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("finished")
+    toy.run(run_dir, steps=4)
+    return run_dir
+
+
+def test_a_complete_run_returns_at_once(finished):
+    def must_not_run(*_):
+        raise AssertionError("the run is complete")
+
+    lines = []
+    recipe = toy.make_recipe(init=must_not_run, batch_at=must_not_run)
+    outcome = toy.run(finished, recipe, steps=4, lines=lines)
+    assert outcome.finished
+    assert outcome.step == 4
+    assert lines == [f"{finished}: training is complete (4 steps)"]
+
+
+def test_a_run_killed_before_its_manifest_is_completed(tmp_path):
+    toy.run(tmp_path, steps=4)
+    (tmp_path / "manifest.json").unlink()
+    outcome = toy.run(tmp_path, steps=4)
+    assert outcome.finished
+    assert (tmp_path / "manifest.json").exists()
+    assert [r["step"] for r in records(tmp_path)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 5}, "train.steps: 4 there, 5 here"),
+        ({"batch_size": 16}, "train.batch_size: 8 there, 16 here"),
+        ({"settings": {"model": {"width": 3}}}, "model: None there"),
+        ({"recipe": toy.make_recipe(fingerprint="other")}, "data: toy data there"),
+    ],
+)
+def test_other_settings_are_refused(finished, changes, said):
+    with pytest.raises(UserError, match=rf"{said}.*--config\.name"):
+        toy.run(finished, **{"steps": 4, **changes})
+
+
+def test_how_a_run_is_watched_may_change(finished):
+    outcome = toy.run(
+        finished, steps=4, log_every=3, checkpoint_every=7, keep=1, accumulation=2
+    )
+    assert outcome.finished
+
+
+@dataclasses.dataclass
+class Seen:
+    """What was there when the hook of a step was called."""
+
+    step: int
+    state_step: int
+    compiled: int
+    reported: int
+    asked: int
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory):
+    """A run of 12 steps, saved after 6, and what each hook saw."""
+    lines, compiled, asked, seen = [], [], [], []
+
+    def count(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    def batch_at(step):
+        asked.append((step, threading.current_thread()))
+        return toy.batch_at(step)
+
+    def hook(at):
+        counts = len(compiled), len(lines) - 1, len(asked)
+        seen.append(Seen(at.step, int(at.state.step), *counts))
+
+    recipe = toy.make_recipe(batch_at=batch_at, hooks=(hook,))
+    jax.monitoring.register_event_duration_secs_listener(count)
+    try:
+        run_dir = tmp_path_factory.mktemp("watched")
+        toy.run(run_dir, recipe, steps=12, checkpoint_every=6, lines=lines)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(count)
+    return seen, asked, compiled
+
+
+def test_nothing_compiles_after_the_first_step(watched):
+    seen, _, compiled = watched
+    assert seen[0].compiled > 0
+    assert {at.compiled for at in seen} == {len(compiled)}
+
+
+def test_metrics_are_fetched_only_after_later_steps_are_dispatched(watched):
+    # A save after step 6 waits for the device; there alone they are fetched at once.
+    for at in watched[0]:
+        assert at.reported == max(at.step - 2, 6 if at.step > 6 else 0)
+
+
+def test_hooks_see_each_new_state(watched):
+    assert [at.step for at in watched[0]] == list(range(1, 13))
+    assert [at.state_step for at in watched[0]] == list(range(1, 13))
+
+
+def test_batches_are_built_ahead_in_another_thread_and_no_further(watched):
+    seen, asked, _ = watched
+    assert [step for step, _ in asked] == list(range(12))
+    assert threading.main_thread() not in {thread for _, thread in asked}
+    assert all(at.asked <= min(at.step + 2, 12) for at in seen)
+    assert not any(t.name.startswith("batches") for t in threading.enumerate())
+
+
+def test_an_error_in_a_batch_comes_out_as_it_is(tmp_path):
+    def batch_at(step):
+        if step == 3:
+            raise UserError("the shard is gone")
+        return toy.batch_at(step)
+
+    with pytest.raises(UserError, match=r"^the shard is gone$"):
+        toy.run(tmp_path, toy.make_recipe(batch_at=batch_at))
+
+
+def test_a_batch_must_hold_what_the_recipe_says(tmp_path):
+    def batch_at(step):
+        return {"tokens": toy.batch_at(step)["tokens"]}
+
+    with pytest.raises(ValueError, match="mask"):
+        toy.run(tmp_path, toy.make_recipe(batch_at=batch_at))
+
+
+@pytest.mark.parametrize("bad_step", [6, 9])
+def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, bad_step):
+    # Step 10 would be saved: with the poison in 9 no metric has been seen by then.
+    def batch_at(step):
+        poison = np.float32(np.nan if step + 1 == bad_step else 1)
+        return {**toy.batch_at(step), "poison": np.full(toy.ROWS, poison)}
+
+    plain = toy.make_recipe()
+
+    def loss(params, batch, key):
+        total, weight, further = plain.loss(params, batch, key)
+        return total * batch["poison"].mean(), weight, further
+
+    recipe = toy.make_recipe(
+        batch_at=batch_at,
+        loss=loss,
+        batch_spec={**plain.batch_spec, "poison": ("batch",)},
+    )
+    with pytest.raises(UserError, match=f"step {bad_step}: loss is nan"):
+        toy.run(tmp_path, recipe, checkpoint_every=5, log_every=100)
+    assert saved(tmp_path) == 5
+
+
+def test_uneven_rows_are_said(tmp_path):
+    lines = []
+    toy.run(tmp_path, mesh=toy.mesh_of(4, 2, 1), steps=3, accumulation=2, lines=lines)
+    assert lines[1].startswith("note: 4 rows at a time")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 0}, "steps=0 must be at least 1"),
+        ({"log_every": -1}, "log_every=-1"),
+        ({"batch_size": 8, "accumulation": 3}, "accumulation=3 pieces"),
+        ({"steps": 1.5}, "steps=1.5"),
+    ],
+)
+def test_train_config(changes, said):
+    with pytest.raises(ValueError, match=said):
+        TrainConfig(**{"steps": 1, **changes})
