@@ -25,11 +25,14 @@ PyTree: TypeAlias = Any
 Params: TypeAlias = Mapping[str, Any]
 Batch: TypeAlias = Mapping[str, Any]
 JsonDict: TypeAlias = dict[str, Any]
+# An ml_collections.ConfigDict, of whose attributes no type checker can know.
+Config: TypeAlias = Any
 
 __all__ = [
     "Array",
     "Batch",
     "Bool",
+    "Config",
     "Float",
     "HostArray",
     "Int",

@@ -88,7 +88,7 @@ def write_shards(
 
 def _narrowed(vectors: HostArray, dtype: str) -> HostArray:
     largest = float(np.abs(vectors).max())
-    if largest > np.finfo(dtype).max:
+    if largest > float(np.finfo(dtype).max):
         raise UserError(
             f"config.embed.dtype={dtype}: cannot hold {largest:.3g}, the largest number"
             " in a vector; use float32"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -17,9 +19,11 @@ from realm_retro.interop import bert as bert_weights
 from realm_retro.nn.bert import Bert, BertConfig
 from realm_retro.parallel import axes
 from realm_retro.parallel.mesh import make_mesh
-from realm_retro.retrieval import embed
+from realm_retro.retrieval import embed, embeddings
 from realm_retro.retrieval.embed import Embedder, TextEncoder
-from realm_retro.typing import Array, HostArray, Params
+from realm_retro.retrieval.index import store
+from realm_retro.retrieval.retriever import Retriever
+from realm_retro.typing import Array, Float, HostArray, Int, Params
 
 TOKENIZER = "tokenizer.json"
 
@@ -116,6 +120,26 @@ def build_encoder(
     return build_embedder(encoder, batch_tokens=batch_tokens).text_encoder()
 
 
+def open_retriever(config: ml_collections.ConfigDict, workdir: epath.Path) -> Retriever:
+    """The index of a workdir and the encoder that its vectors came from.
+
+    Raises:
+      UserError: an artefact is missing, or was made by another encoder than the one
+        that the config names.
+    """
+    vectors = embeddings.load_manifest(workdir / "embeddings", verify=False)
+    named = fingerprint(EncoderConfig.of(config))
+    if vectors.parents["encoder"] != named:
+        raise UserError(
+            f"{workdir / 'embeddings'}: was made by another encoder than config.encoder"
+            " names; queries would not be comparable: name the same one"
+        )
+    index = store.load_manifest(
+        workdir / "index", parents={"embeddings": vectors.fingerprint}
+    )
+    return Retriever(store.load(index), build_encoder(config))
+
+
 def build_embedder(config: EncoderConfig, *, batch_tokens: int = 0) -> Embedder:
     """Loads an encoder onto this process's devices, which share the rows of a batch.
 
@@ -146,7 +170,7 @@ def build_embedder(config: EncoderConfig, *, batch_tokens: int = 0) -> Embedder:
     if not batch_tokens:
         batch_tokens = 1024 if devices[0].platform == "cpu" else 65_536
     return Embedder(
-        apply=_compile(bert, params),
+        apply=_on_devices(bert, params),
         tokenizer=tokenizer,
         dim=bert.width,
         max_tokens=config.max_tokens,
@@ -156,24 +180,28 @@ def build_embedder(config: EncoderConfig, *, batch_tokens: int = 0) -> Embedder:
     )
 
 
-def _compile(
+def _on_devices(
     config: BertConfig, params: Params
 ) -> Callable[[HostArray, HostArray], Array]:
     mesh = make_mesh(devices=jax.local_devices())
-    whole = axes.sharding((), (), mesh)
-    on_devices = jax.device_put(params, whole)
-    model = Bert(config)
-
-    @jax.jit
-    def pooled(params: Params, ids: Array, lengths: Array) -> Array:
-        mask = jnp.arange(ids.shape[1])[None, :] < lengths[:, None]
-        # Accelerators round float32 products by default; float32 is to mean float32.
-        with jax.default_matmul_precision("float32"):
-            hidden = model.apply({"params": params}, ids, mask)
-        return embed.mean_pool(hidden, mask)  # pyright: ignore[reportArgumentType]
+    placed = jax.device_put(params, axes.sharding((), (), mesh))
 
     def apply(ids: HostArray, lengths: HostArray) -> Array:
         rows = axes.sharding(("batch",), lengths.shape, mesh)
-        return pooled(on_devices, *jax.device_put((ids, lengths), rows))
+        return _pooled(config, placed, *jax.device_put((ids, lengths), rows))
 
     return apply
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _pooled(
+    config: BertConfig,
+    params: Params,
+    ids: Int[Array, "rows length"],
+    lengths: Int[Array, " rows"],
+) -> Float[Array, "rows d"]:
+    mask = jnp.arange(ids.shape[1])[None, :] < lengths[:, None]
+    # Accelerators round float32 products by default; float32 is to mean float32.
+    with jax.default_matmul_precision("float32"):
+        hidden = Bert(config).apply({"params": params}, ids, mask)
+    return embed.mean_pool(cast(Array, hidden), mask)

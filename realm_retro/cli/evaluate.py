@@ -14,7 +14,6 @@ from __future__ import annotations
 import json
 import time
 
-import ml_collections
 import numpy as np
 from etils import epath
 
@@ -27,10 +26,10 @@ from realm_retro.parallel.mesh import MeshConfig, make_mesh
 from realm_retro.retro import batches, evaluate, recipe
 from realm_retro.train import checkpoint
 from realm_retro.train.config import TrainConfig
-from realm_retro.typing import HostArray, JsonDict
+from realm_retro.typing import Config, HostArray, JsonDict
 
 
-def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+def main(config: Config, workdir: epath.Path) -> None:
     """Evaluates the newest checkpoint of a run."""
     started = time.perf_counter()
     settings = config_lib.build(

@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import json
 
-import ml_collections
 import numpy as np
 from absl import flags
 from etils import epath
@@ -29,7 +28,7 @@ from realm_retro.errors import UserError
 from realm_retro.parallel.mesh import MeshConfig, make_mesh
 from realm_retro.retro import generate, recipe
 from realm_retro.train import checkpoint
-from realm_retro.typing import HostArray, JsonDict
+from realm_retro.typing import Config, HostArray, JsonDict
 
 PROMPT = flags.DEFINE_multi_string("prompt", [], "Text to continue; may be repeated.")
 PROMPT_FILE = flags.DEFINE_string(
@@ -41,7 +40,7 @@ JSON = flags.DEFINE_string(
 _FORMAT_VERSION = 1
 
 
-def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+def main(config: Config, workdir: epath.Path) -> None:
     """Generates for all prompts in one batch."""
     settings = config_lib.build(
         generate.GenerateConfig,
@@ -72,7 +71,7 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
             eos_id=tokenizer.eos_id,
             pad_id=tokenizer.pad_id,
             retrieve=retrieve,
-            on_chunk=lambda done, total: bar.update(1),
+            on_chunk=bar.update,
         )
     report = [
         _describe(store, prompt, made, row, settings)
@@ -104,7 +103,7 @@ def _prompts() -> list[str]:
 
 
 def _live_retrieval(
-    config: ml_collections.ConfigDict, workdir: epath.Path, store: ChunkStore, k: int
+    config: Config, workdir: epath.Path, store: ChunkStore, k: int
 ) -> generate.RetrieveFn:
     """Embeds a chunk's text as the corpus was embedded and searches the index."""
     retriever = encoders.open_retriever(config, workdir)

@@ -113,10 +113,11 @@ def _difference(difference: JsonDict) -> str:
 
 
 def _index(index: JsonDict) -> str:
-    recall, config = index["meta"]["recall"], index.get("config", {})
-    target = config.get("recall_target")
-    aim = "" if target is None else f" (asked for: {target})"
-    return f"Index: recall against exact search {recall:.4f}{aim}"
+    meta, config = index["meta"], index["config"]
+    return (
+        f"Index: {meta['backend']}, recall@{config['recall_k']} against exact search"
+        f" {meta['recall']:.4f} (asked for: {config['recall_target']})"
+    )
 
 
 def _stages(stages: Mapping[str, JsonDict]) -> str:

@@ -8,37 +8,29 @@ module also registers `VitalArticles`: ``tfds.builder("vital_articles/en")``.
 from __future__ import annotations
 
 import array
-import contextlib
 import dataclasses
-import errno
 import hashlib
-import os
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
-from absl import logging
 from etils import epath
 
 from realm_retro import artifacts, progress
+from realm_retro.data import records
 from realm_retro.data.corpus import (
-    FORMAT_VERSION,
     TFDS_PREFIX,
+    Corpus,
     CorpusConfig,
     Document,
     Report,
-    batched_by_size,
     load_manifest,
 )
+from realm_retro.data.records import Records
 from realm_retro.data.text_files import decode, document_from, text_files
 from realm_retro.data.vital_articles import ATTRIBUTION, FILES, vital_articles
 from realm_retro.errors import UserError
-
-_FIELDS = [field.name for field in dataclasses.fields(Document)]
-_NAME = "documents"
-_SPLIT = "train"  # TFDS wants a name; our own splits are made of chunks
-_SHARD_DOCUMENTS = 1 << 14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,14 +38,13 @@ class ArrayRecordCorpus:
     """A finished corpus: documents in array_record files, read by row."""
 
     manifest: artifacts.Manifest
-    _records: Any
+    _records: Records
 
     def __len__(self) -> int:
         return len(self._records)
 
     def __getitem__(self, row: int, /) -> Document:
-        record = self._records[row]
-        return Document(**{name: record[name].decode() for name in _FIELDS})
+        return self._records[row]
 
 
 def open_corpus(directory: epath.PathLike, *, verify: bool = True) -> ArrayRecordCorpus:
@@ -63,34 +54,35 @@ def open_corpus(directory: epath.PathLike, *, verify: bool = True) -> ArrayRecor
       UserError: it is missing, unfinished or damaged.
     """
     manifest = load_manifest(directory, verify=verify)
-    return ArrayRecordCorpus(manifest, _records(manifest.directory))
+    return ArrayRecordCorpus(manifest, Records.open(manifest.directory))
 
 
 def build(config: CorpusConfig, stage: artifacts.Stage) -> Report:
     """Streams the configured source into a corpus, but does not commit it.
 
-    Memory holds a few MB of text and eight bytes a document, however large the
-    corpus.
+    Memory holds one document at a time and eight bytes for each, however large the
+    corpus. The same source gives the same bytes in any process.
 
     Raises:
       UserError: the source cannot be read, holds no text, or an id twice.
     """
     stage.restart()
-    for leftover in stage.directory.glob(f"{_NAME}-{_SPLIT}.*"):
-        leftover.unlink()
     report = Report()
     hashes = array.array("Q")
-    with _writer(stage.directory) as writer:
-        for group in batched_by_size(report.keep(documents(config, report))):
-            writer.add_examples({_SPLIT: [dataclasses.asdict(d) for d in group]})
-            hashes.extend(_hash(document.id) for document in group)
-    if not report.documents:
+
+    def kept() -> Iterator[Document]:
+        for document in report.keep(documents(config, report)):
+            hashes.append(_hash(document.id))
+            yield document
+
+    if not records.write(stage.directory, kept()):
         raise UserError(
             f"config.corpus ({config.source}, {' '.join(config.paths) or 'no path'})"
             f" holds no text ({report.empty} empty documents)"
         )
-    _refuse_duplicates(np.frombuffer(hashes, np.uint64), _records(stage.directory))
-    for name in _file_names(stage.directory):
+    corpus = Records.open(stage.directory)
+    _refuse_duplicates(np.frombuffer(hashes, np.uint64), corpus)
+    for name in records.file_names(stage.directory):
         stage.adopt(name)
     return report
 
@@ -120,11 +112,11 @@ def tfds_documents(config: CorpusConfig, report: Report) -> Iterator[Document]:
             f"config.corpus.source is {config.source!r}; name dataset and split, e.g."
             f" {TFDS_PREFIX}wiki40b/en:train"
         )
-    records = _tfds_records(name, split, config.data_dir)
-    with progress.bar(total=len(records), unit="documents", label="corpus") as bar:
-        for i in range(len(records)):
+    source = _tfds_records(name, split, config.data_dir)
+    with progress.bar(total=len(source), unit="documents", label="corpus") as bar:
+        for i in range(len(source)):
             origin = f"{name}:{split}[{i}]"
-            row = {k: _text(v, origin, report) for k, v in records[i].items()}
+            row = {k: _text(v, origin, report) for k, v in source[i].items()}
             bar.update()
             yield document_from(
                 row, default_id=origin, origin=origin, config=config, report=report
@@ -141,11 +133,11 @@ class VitalArticles(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         return tfds.core.DatasetInfo(
-            builder=self, features=_features(), license=ATTRIBUTION
+            builder=self, features=records.features(), license=ATTRIBUTION
         )
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Any]:
-        return {_SPLIT: self._generate_examples()}
+        return {records.SPLIT: self._generate_examples()}
 
     def _generate_examples(self) -> Iterator[tuple[str, dict[str, str]]]:
         assert self.builder_config is not None
@@ -162,76 +154,21 @@ def _text(value: Any, origin: str, report: Report) -> Any:
     return value
 
 
-def _features() -> Any:
-    return tfds.features.FeaturesDict({name: tfds.features.Text() for name in _FIELDS})
-
-
-@contextlib.contextmanager
-def _writer(directory: epath.Path) -> Iterator[tfds.core.SequentialWriter]:
-    # TFDS's own builders sort examples by a hash, for which they hold up to 1 GB in
-    # memory and need TensorFlow beyond; this one streams and keeps the order.
-    writer = tfds.core.SequentialWriter(
-        _info(directory), _SHARD_DOCUMENTS, file_format="array_record"
-    )
-    writer.initialize_splits([_SPLIT])
-    try:
-        yield writer
-        writer.close_all()
-    except RuntimeError as error:
-        # array_record reports a full disk in words only.
-        if os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, "no space", str(directory)) from error
-
-
-def _info(directory: epath.Path) -> tfds.core.DatasetInfo:
-    identity = tfds.core.DatasetIdentity(
-        name=_NAME,
-        version=tfds.core.Version(f"{FORMAT_VERSION}.0.0"),
-        data_dir=str(directory),
-        module_name=__name__,
-    )
-    return tfds.core.DatasetInfo(builder=identity, features=_features())
-
-
-def _file_names(directory: epath.Path) -> list[str]:
-    with _quiet():
-        split = tfds.builder_from_directory(directory).info.splits[_SPLIT]
-    return ["dataset_info.json", "features.json", *sorted(split.filenames)]
-
-
-def _records(directory: epath.Path) -> Any:
-    with _quiet():
-        builder: Any = tfds.builder_from_directory(directory)
-        return builder.as_data_source(_SPLIT)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # TFDS logs every dataset that it opens.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-
-
 def _hash(identity: str) -> int:
     return int.from_bytes(hashlib.blake2b(identity.encode(), digest_size=8).digest())
 
 
-def _refuse_duplicates(hashes: np.ndarray, records: Any) -> None:
+def _refuse_duplicates(hashes: np.ndarray, corpus: Corpus) -> None:
     order = np.argsort(hashes, kind="stable")
     same = np.flatnonzero(hashes[order][1:] == hashes[order][:-1])
     for first, second in zip(order[same], order[same + 1], strict=True):
-        one, other = records[int(first)], records[int(second)]
+        one, other = corpus[int(first)], corpus[int(second)]
         # Equal hashes are not quite equal ids.
-        if one["id"] == other["id"]:
+        if one.id == other.id:
             raise UserError(
-                f"documents {one['origin'].decode()} and {other['origin'].decode()}"
-                f" have the same id {one['id'].decode()!r}; remove one, or set"
-                " config.corpus.id_field to a field that is unique (or to nothing)"
+                f"documents {one.origin} and {other.origin} have the same id"
+                f" {one.id!r}; remove one, or set config.corpus.id_field to a field"
+                " that is unique (or to nothing)"
             )
 
 

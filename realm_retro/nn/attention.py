@@ -16,7 +16,7 @@ encoder: i' − i), so the caller passes the distance of the first query and key
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -177,6 +177,6 @@ class RelativeAttention(nn.Module):
         return self.output(y)
 
 
-def _add(query: Array, bias: Array) -> Array:
+def _add(query: Array, bias: Any) -> Array:
     bias = bias.astype(query.dtype)
     return query + bias.reshape((1,) * (query.ndim - 2) + bias.shape)

@@ -22,6 +22,10 @@ KIND = "neighbours"
 FORMAT_VERSION = 1
 MADE_BY = "realm_retro.cli.find_neighbours"
 
+# Hits of one search, before they are filtered: bounds its memory where many rows have
+# to look deep.
+_MAX_HITS = 1 << 22
+
 
 @dataclasses.dataclass(frozen=True)
 class NeighboursConfig:
@@ -108,67 +112,80 @@ class NeighbourTable:
         return self.ids.shape[1]
 
 
+def open_stage(
+    directory: epath.PathLike, *, config: NeighboursConfig, parents: Mapping[str, str]
+) -> artifacts.Stage:
+    """Opens the stage for writing or resuming; the batch size is no part of it."""
+    return artifacts.Stage.open(
+        directory,
+        kind=KIND,
+        format_version=FORMAT_VERSION,
+        config={
+            "k": config.k,
+            "margin": config.margin,
+            "shard_size": config.shard_size,
+        },
+        parents=parents,
+        made_by=MADE_BY,
+    )
+
+
 def shard_name(part: str, shard: int, num_shards: int) -> str:
     """File name of the ids or scores of one shard."""
     return f"{part}-{shard:05d}-of-{num_shards:05d}.npy"
 
 
-def find(
-    index: Index,
-    queries: HostArray,
-    query_documents: HostArray,
-    document: ShardedArray | HostArray,
-    *,
-    k: int,
-    margin: int,
-) -> SearchResult:
-    """The k best of each query that are not of the query's own document.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Filter:
+    """Finds neighbours that are not of the query's own document.
 
-    More than k are searched, filtered, and only then cut to k (a chunk is not always
-    its own nearest, and a document may fill the whole front). Rows left short are
-    searched again, twice as deep each time, until they are full or the index is
-    exhausted.
-
-    Args:
-      index: ids are chunk ids.
-      queries: float32 [q, d].
-      query_documents: int [q], row of the document that each query is of; −1 for a
-        query that is of none.
+    Attributes:
+      index: its ids are chunk ids.
       document: int [N], row of each chunk's document.
-      k: how many to keep.
-      margin: how many more to ask for at first.
+      indexed: int [documents], how many chunks of each document the index holds.
     """
-    result = SearchResult.missing(len(queries), k)
-    rows, depth = np.arange(len(queries)), k + margin
-    while len(rows):
-        depth = min(depth, index.size)
-        found = index.search(queries[rows], depth)
-        ids, scores = _keep(
-            found, query_documents[rows], document, min(k, found.ids.shape[1])
-        )
-        result.ids[rows, : ids.shape[1]] = ids
-        result.scores[rows, : ids.shape[1]] = scores
-        if depth >= index.size:
-            break
-        rows = rows[(ids == MISSING_ID).any(axis=1)]
-        depth *= 2
-    return result
 
+    index: Index
+    document: HostArray
+    indexed: HostArray
 
-def _keep(
-    found: SearchResult,
-    query_documents: HostArray,
-    document: ShardedArray | HostArray,
-    k: int,
-) -> tuple[HostArray, HostArray]:
-    """Drops missing and own-document hits, moves the rest forward, cuts to k."""
-    owners = document[np.maximum(found.ids, 0)]
-    drop = (found.ids == MISSING_ID) | (owners == query_documents[:, None])
-    order = np.argsort(drop, axis=1, kind="stable")[:, :k]
-    dropped = np.take_along_axis(drop, order, axis=1)
-    ids = np.take_along_axis(found.ids, order, axis=1)
-    scores = np.take_along_axis(found.scores, order, axis=1)
-    return (
-        np.where(dropped, MISSING_ID, ids),
-        np.where(dropped, np.float32(-np.inf), scores),
-    )
+    @classmethod
+    def make(cls, index: Index, document: HostArray) -> Filter:
+        """Counts the chunks of each document in the index."""
+        num_documents = int(document.max(initial=-1)) + 1
+        indexed = np.bincount(document[index.ids], minlength=num_documents)
+        return cls(index, document, indexed)
+
+    def find(
+        self, queries: HostArray, own_documents: HostArray, *, k: int, margin: int
+    ) -> SearchResult:
+        """The k best of each query that are not of its own document.
+
+        More than k are searched, filtered, and only then cut to k: a chunk is not
+        always its own nearest, and its document may fill the whole front. Rows left
+        short are searched again, twice as deep each time, until they are full or
+        nothing more is there.
+
+        Args:
+          queries: float [q, d].
+          own_documents: int [q], row of the document that each query is of; −1 for a
+            query that is of none.
+          k: how many to keep.
+          margin: how many more to ask for at first.
+        """
+        own = np.where(own_documents >= 0, self.indexed[own_documents], 0)
+        wanted = np.minimum(k, self.index.size - own)
+        result = SearchResult.missing(len(queries), k)
+        depth = k + margin
+        rows = np.flatnonzero(wanted > 0)
+        while len(rows):
+            depth = min(depth, self.index.size)
+            for part in np.array_split(rows, -(-len(rows) * depth // _MAX_HITS)):
+                found = self.index.search(queries[part], depth)
+                others = self.document[found.ids] != own_documents[part][:, None]
+                kept = found.only(others, k)
+                result.ids[part], result.scores[part] = kept.ids, kept.scores
+            short = (result.ids[rows] != MISSING_ID).sum(axis=1) < wanted[rows]
+            rows = rows[short] if depth < self.index.size else rows[:0]
+            depth *= 2
+        return result

@@ -6,6 +6,8 @@ over one token with the past in the collection ``cache``. Both give the same num
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 import flax.struct
 import jax
@@ -33,10 +35,11 @@ class Context(flax.struct.PyTreeNode):
       position: of the one token of a step; None over whole sequences.
     """
 
-    mask: Array | None = None
-    neighbours: Array | None = None
-    neighbour_mask: Array | None = None
-    position: Array | None = None
+    # Any: which of them are there depends on the pass, and is checked where it starts.
+    mask: Any = None
+    neighbours: Any = None
+    neighbour_mask: Any = None
+    position: Any = None
 
     @property
     def retrieves(self) -> bool:

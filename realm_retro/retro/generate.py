@@ -104,7 +104,7 @@ def generate(
     eos_id: int,
     pad_id: int,
     retrieve: RetrieveFn | None,
-    on_chunk: Callable[[int, int], None] = lambda done, total: None,
+    on_chunk: Callable[[], object] = lambda: None,
 ) -> Generated:
     """Continues prompts until EOS or ``config.max_tokens`` new tokens each.
 
@@ -117,7 +117,7 @@ def generate(
       eos_id: ends a row.
       pad_id: fills a row after its end.
       retrieve: called with each completed chunk; None is RETRO[OFF].
-      on_chunk: told (chunks done, chunks at most) for a progress bar.
+      on_chunk: called after each chunk, e.g. a progress bar's `update`.
     """
     m = model.chunk_length
     starts = np.array([1 + len(prompt) for prompt in prompts])
@@ -152,7 +152,7 @@ def generate(
         tokens[:, start : start + m] = block
         ends = _ends(tokens, starts, limits, start + m, eos_id)
         done = ends <= start + m
-        on_chunk(start // m + 1, length // m)
+        on_chunk()
         if done.all():
             break
         if retrieve is not None:

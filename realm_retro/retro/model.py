@@ -148,9 +148,11 @@ class Retro(nn.Module):
           neighbour_mask: real tokens of neighbours that are there.
 
         Raises:
-          ValueError: n is not a whole number of chunks.
+          ValueError: n is not a whole number of chunks; neighbours without a mask.
         """
         m = self.config.chunk_length
+        if (neighbours is None) != (neighbour_mask is None):
+            raise ValueError("neighbours and neighbour_mask: give both or neither")
         if neighbours is not None and tokens.shape[1] % m:
             raise ValueError(f"{tokens.shape[1]} tokens are not whole chunks of {m}")
         context = Context(mask=_visible(tokens, segments))
@@ -158,7 +160,7 @@ class Retro(nn.Module):
         h = self._scan(self.stem, h, context)
         if self.config.retrieves:
             h = self.bridge_attention(h, context)
-            if neighbours is not None:
+            if neighbours is not None and neighbour_mask is not None:
                 chunks = h.reshape(h.shape[0], -1, m, h.shape[-1])
                 encoded = self.encoder(neighbours, neighbour_mask, chunks)
                 context = context.replace(
@@ -189,7 +191,7 @@ class Retro(nn.Module):
         if self.config.retrieves:
             h = self.bridge_attention(h, context)
             chunk = self.bridge_chunk(h, position)
-            if neighbours is not None:
+            if neighbours is not None and neighbour_mask is not None:
                 encoded = self.encoder(
                     neighbours[:, None], neighbour_mask[:, None], chunk[:, None]
                 )
@@ -214,7 +216,7 @@ class Retro(nn.Module):
             body,
             variable_axes={"params": 0, "cache": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
+            in_axes=nn.broadcast,  # pyright: ignore[reportArgumentType]
             length=length,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from etils import epath
 from jax.sharding import Mesh
 
@@ -24,7 +23,7 @@ from realm_retro.retro.config import RetroConfig
 from realm_retro.retro.model import Retro
 from realm_retro.train.config import TrainConfig
 from realm_retro.train.recipe import Recipe
-from realm_retro.typing import Array, Batch, PyTree
+from realm_retro.typing import Array, Batch, Config, PyTree
 
 BATCH_SPEC = {
     "tokens": ("batch", "length"),
@@ -38,9 +37,7 @@ NEIGHBOUR_SPEC = {
 }
 
 
-def make(
-    config: ml_collections.ConfigDict, workdir: epath.PathLike, mesh: Mesh
-) -> Recipe:
+def make(config: Config, workdir: epath.PathLike, mesh: Mesh) -> Recipe:
     """The recipe of a config, on the chunks and neighbours of a workdir.
 
     Args:
@@ -87,7 +84,7 @@ def make(
     )
 
 
-def model_config(config: ml_collections.ConfigDict) -> RetroConfig:
+def model_config(config: Config) -> RetroConfig:
     """The model's shape from a config's section ``model``."""
     return config_lib.build(RetroConfig, config.model, name="config.model")
 
@@ -180,7 +177,7 @@ def batch_spec(model: RetroConfig) -> Mapping[str, axes.Names]:
     return {**BATCH_SPEC, **(NEIGHBOUR_SPEC if model.retrieves else {})}
 
 
-def abstract_params(config: ml_collections.ConfigDict) -> PyTree:
+def abstract_params(config: Config) -> PyTree:
     """Shapes of a config's boxed parameters; nothing is computed."""
     return jax.eval_shape(init_fn(model_config(config)), jax.random.key(0))
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import ml_collections
 
 from realm_retro.errors import UserError
+from realm_retro.typing import Config
 
 # name: d, d_ffw, heads, head size, layers, P, peak learning rate, batch, steps
 _PAPER = {
@@ -20,7 +21,7 @@ _PAPER = {
 }
 
 
-def paper(name: str) -> ml_collections.ConfigDict:
+def paper(name: str) -> Config:
     """The settings of one of the paper's models: ``172m 425m 1_5b 7_5b``.
 
     419 billion tokens in windows of 2048, two neighbours of 128 tokens for each chunk
@@ -89,11 +90,14 @@ def variant(config: ml_collections.ConfigDict, which: str) -> ml_collections.Con
       UserError: another word.
     """
     if which == "plain":
-        config.name = f"{config.name}_plain".removeprefix("retro_")
-        config.model.cca_layers = ()
-        config.train.neighbours = 0
-        config.evaluate.neighbours = ()
-        config.generate.neighbours = 0
+        changes = {
+            "name": "plain",
+            "model.cca_layers": (),
+            "train.neighbours": 0,
+            "evaluate.neighbours": (),
+            "generate.neighbours": 0,
+        }
+        config.update_from_flattened_dict(changes)
     elif which != "retro":
         raise UserError(f"--config=…:{which}: after the colon comes retro or plain")
     return config

@@ -29,8 +29,8 @@ _SPACE = "▁"
 # Longer texts are encoded in pieces: SentencePiece adds up scores in float32, whose
 # precision runs out over millions of characters.
 _SEGMENT = 1 << 15
-# No piece may hold these: SentencePiece drops training lines with its reserved
-# characters (NUL, tab, U+2585), and "▁" would pass for a space.
+# No piece may hold these: SentencePiece drops training lines with its own mark U+2585,
+# "▁" would pass for a space, and control characters are left to the byte pieces.
 _LINE_BREAKS = re.compile(r"[\n\r\t\0\u2581\u2585]+")
 _TRAINING_LINE = 4096
 _PROBE = " \t Åfﬁ  e\u0301\u212b\n\n😀\u200fא\0▁ ½ "

@@ -41,7 +41,6 @@ class Checkpoints:
             self.directory,
             options=ocp.CheckpointManagerOptions(
                 preservation_policy=ocp.checkpoint_managers.LatestN(keep),
-                read_only=keep is None,
                 create=keep is not None,
             ),
         )

@@ -26,7 +26,7 @@ from realm_retro.train.metrics import Meter, MetricsLog, format_line
 from realm_retro.train.optim import Optimizer, OptimizerConfig
 from realm_retro.train.recipe import LoopState, Recipe
 from realm_retro.train.state import TrainState
-from realm_retro.train.step import make_train_step
+from realm_retro.train.step import StepFn, make_train_step
 from realm_retro.typing import Batch, JsonDict
 
 KIND = "run"
@@ -93,71 +93,95 @@ def train(
         "train": config.decisive,
         "optimizer": dataclasses.asdict(optimizer),
     }
-    stage = _open(run_dir, decisive, recipe.fingerprint)
-    run_dir, started = stage.directory, time.perf_counter()
+    stage, started = _open(run_dir, decisive, recipe.fingerprint), time.perf_counter()
     if stage.finished:
-        report(f"{run_dir}: training is complete ({config.steps} steps)")
+        report(f"{stage.directory}: training is complete ({config.steps} steps)")
         return Outcome(True, config.steps, 0.0)
     report(recipe.description)
     _note_uneven(config, mesh, report)
-    rule, abstract = _plan(recipe, config, optimizer, mesh)
-    step_fn = make_train_step(
-        recipe, rule, abstract, mesh, seed=seed, accumulation=config.accumulation
-    )
-    with Checkpoints(run_dir, keep=config.keep) as checkpoints:
-        done = checkpoints.latest() or 0
+    with _forgiving(stage), Checkpoints(stage.directory, keep=config.keep) as saved:
+        rule, abstract = _plan(recipe, config, optimizer, mesh)
+        done = saved.latest() or 0
         if done:
-            state, meta = checkpoints.restore(done, abstract)
-            report(f"{run_dir}: going on from step {done}")
+            state, meta = saved.restore(done, abstract)
+            started -= meta["seconds"]
+            report(f"{stage.directory}: going on from step {done}")
         else:
-            state, meta = states.init_state(recipe.init, rule, abstract, seed), {}
-        started -= meta.get("seconds", 0.0)
-        with (
-            _records(run_dir, done, config.steps, report) as record,
-            hosts.preemption() as asked_to_stop,
-            contextlib.closing(_batches(recipe, mesh, done, config.steps)) as batches,
-        ):
-            meter = Meter(
+            state = states.init_state(recipe.init, rule, abstract, seed)
+
+        def save(step: int, state: TrainState) -> None:
+            if hosts.is_main():
+                stage.note("saving", {"step": step})  # see _forgiving
+            saved.save(step, state, {"seconds": time.perf_counter() - started})
+
+        step_fn = make_train_step(
+            recipe, rule, abstract, mesh, seed=seed, accumulation=config.accumulation
+        )
+        with _records(stage.directory, done, config.steps, report) as record:
+            done = _loop(
                 recipe,
+                config,
                 mesh,
-                every=config.log_every,
-                steps=config.steps,
-                report=record,
+                stage.directory,
+                step_fn,
+                state,
+                done,
+                save,
+                record,
             )
-            dispatched = collections.deque()
-            for step, batch in enumerate(batches, done + 1):
-                # 1. Dispatch. The call returns before the device has done anything;
-                #    the old state is given away with it. The first call compiles.
-                with jax.transfer_guard("disallow"):
-                    state, metrics = step_fn(state, batch)
-                if step == done + 1:
-                    meter.start()
-                # 2. Only then look back, at a step whose successors the device has
-                #    already: it never idles while the host waits here, and the host
-                #    cannot run away with batches and memory.
-                dispatched.append((step, metrics))
-                while len(dispatched) > _DISPATCHED:
-                    meter.add(*dispatched.popleft())
-                for hook in recipe.hooks:
-                    hook(LoopState(step, state, run_dir))
-                # 3. Save between steps: before the next one takes the state's memory,
-                #    and after all metrics have been looked at, so that no checkpoint
-                #    holds what a loss that is not finite left behind.
-                stopping = asked_to_stop(step)
-                last = step == config.steps
-                if stopping or last or step % config.checkpoint_every == 0:
-                    while dispatched:
-                        meter.add(*dispatched.popleft())
-                    seconds = time.perf_counter() - started
-                    checkpoints.save(step, state, {"seconds": seconds})
-                    done = step
-                if stopping:
-                    break
-        checkpoints.wait()
     outcome = Outcome(done == config.steps, done, time.perf_counter() - started)
     if outcome.finished and hosts.is_main():
         stage.commit({"steps": done, "seconds": outcome.seconds})
     return outcome
+
+
+def _loop(
+    recipe: Recipe,
+    config: TrainConfig,
+    mesh: Mesh,
+    run_dir: epath.Path,
+    step_fn: StepFn,
+    state: TrainState,
+    done: int,
+    save: Callable[[int, TrainState], None],
+    record: Callable[[JsonDict], None],
+) -> int:
+    """Takes the steps after `done` and returns the last one that was saved."""
+    meter = Meter(
+        recipe, mesh, every=config.log_every, steps=config.steps, report=record
+    )
+    dispatched = collections.deque()
+    with (
+        hosts.preemption() as asked_to_stop,
+        contextlib.closing(_batches(recipe, mesh, done, config.steps)) as batches,
+    ):
+        for step, batch in enumerate(batches, done + 1):
+            # 1. Dispatch. The call returns before the device has done anything, and
+            #    the old state's memory is given away with it. (The first one compiles.)
+            with jax.transfer_guard("disallow"):
+                state, metrics = step_fn(state, batch)
+            meter.start()
+            # 2. Only then look back, at a step whose successors the device already
+            #    has: it never idles while the host waits here, and the host cannot
+            #    run away with batches and memory.
+            dispatched.append((step, metrics))
+            if len(dispatched) > _DISPATCHED:
+                meter.add(*dispatched.popleft())
+            for hook in recipe.hooks:
+                hook(LoopState(step, state, run_dir))
+            # 3. Save between steps: before the next one takes the state's memory, and
+            #    after all metrics were looked at, so that no checkpoint holds what a
+            #    loss that is not finite left behind. The copy has to wait for the
+            #    device; writing it does not hold up the next steps.
+            stopping = asked_to_stop(step)
+            if stopping or step == config.steps or step % config.checkpoint_every == 0:
+                while dispatched:
+                    meter.add(*dispatched.popleft())
+                save(step, state)
+                done = step
+            if stopping:
+                break
+    return done
 
 
 def _open(run_dir: epath.PathLike, settings: JsonDict, data: str) -> Stage:
@@ -178,6 +202,20 @@ def _open(run_dir: epath.PathLike, settings: JsonDict, data: str) -> Stage:
     if hosts.is_main():
         hosts.barrier("run folder")
     return stage
+
+
+@contextlib.contextmanager
+def _forgiving(stage: Stage) -> Iterator[None]:
+    """Forgets a run's settings if it fails before its first checkpoint.
+
+    The user can then mend a setting and start again under the same name. Once a save
+    has begun, noted in the stage, the settings stay.
+    """
+    if hosts.is_main():
+        with stage.released_on_error():
+            yield
+    else:
+        yield
 
 
 def _plan(

@@ -77,11 +77,11 @@ class Meter:
         self._report = report
         self._sums: dict[str, np.ndarray] = {}
         self._count = 0
-        self._since = time.perf_counter()
+        self._since = 0.0
 
     def start(self) -> None:
-        """Starts the clock, when the step has been compiled."""
-        self._since = time.perf_counter()
+        """Starts the clock, unless it runs: call it when the step was compiled."""
+        self._since = self._since or time.perf_counter()
 
     def add(self, step: int, metrics: Metrics) -> None:
         """Fetches the metrics of one step, waiting for it if need be.

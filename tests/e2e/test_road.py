@@ -93,7 +93,7 @@ def road(tmp_path_factory):
 
 
 def test_training_is_complete_and_logged(road):
-    config, workdir = road
+    _, workdir = road
     run = workdir / "runs" / "retro"
     assert json.loads((run / "manifest.json").read_text())["meta"]["steps"] == 6
     records = [json.loads(x) for x in (run / "metrics.jsonl").read_text().splitlines()]

@@ -13,10 +13,38 @@ import pytest
 
 from realm_retro import artifacts
 from realm_retro import config as config_lib
+from realm_retro.cli.build_index import IndexConfig
+from realm_retro.cli.encoders import EncoderConfig
+from realm_retro.data.chunk_writer import ChunksConfig
+from realm_retro.data.corpus import CorpusConfig
+from realm_retro.parallel.mesh import MeshConfig
+from realm_retro.retrieval.embed import EmbedConfig
+from realm_retro.retrieval.neighbours import NeighboursConfig
 from realm_retro.retro import recipe
+from realm_retro.retro.config import RetroConfig
+from realm_retro.retro.evaluate import EvaluateConfig
+from realm_retro.retro.generate import GenerateConfig
+from realm_retro.text.tokenizer import TokenizerConfig
+from realm_retro.train.config import TrainConfig
+from realm_retro.train.optim import OptimizerConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.py"))
+SECTIONS = {
+    "corpus": CorpusConfig,
+    "tokenizer": TokenizerConfig,
+    "chunks": ChunksConfig,
+    "encoder": EncoderConfig,
+    "embed": EmbedConfig,
+    "index": IndexConfig,
+    "neighbours": NeighboursConfig,
+    "model": RetroConfig,
+    "optimizer": OptimizerConfig,
+    "train": TrainConfig,
+    "mesh": MeshConfig,
+    "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
+}
 
 
 def module_of(path):
@@ -83,9 +111,7 @@ def test_the_models_shapes_fit(path, arguments):
 @pytest.mark.parametrize(("path", "arguments"), variants())
 def test_every_section_is_one_that_its_stage_reads(path, arguments):
     config = load(path, arguments)
-    for section, cls in SECTIONS.items():
-        config_lib.build(
-            cls, config_lib.section(config, section), name=f"config.{section}"
-        )
+    for section in set(SECTIONS) & set(config):
+        config_lib.build(SECTIONS[section], config[section], name=f"config.{section}")
     unknown = set(config) - set(SECTIONS) - {"name", "seed"}
     assert not unknown, "nobody reads these"

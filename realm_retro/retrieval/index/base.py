@@ -54,17 +54,22 @@ class SearchResult:
 
 
 class Index(Protocol):
-    """What the rest of the package knows of an index; it is safe to share by threads.
+    """What the rest of the package knows of an index; threads may share it."""
 
-    Attributes:
-      backend: ``exact`` or ``scann``.
-      metric: what its scores mean.
-      ids: int64 ``[N]``, strictly increasing: the global id of each row.
-    """
+    @property
+    def backend(self) -> str:
+        """``exact`` or ``scann``."""
+        ...
 
-    backend: str
-    metric: Metric
-    ids: HostArray
+    @property
+    def metric(self) -> Metric:
+        """What its scores mean."""
+        ...
+
+    @property
+    def ids(self) -> HostArray:
+        """int64 ``[N]``, strictly increasing: the global id of each row."""
+        ...
 
     @property
     def size(self) -> int:
@@ -100,7 +105,9 @@ def check_queries(queries: HostArray, *, dim: int, k: int) -> HostArray:
         raise ValueError(f"k is {k}; a search needs at least 1")
     queries = np.asarray(queries, np.float32)
     if queries.ndim != 2 or queries.shape[1] != dim:
-        raise ValueError(f"queries have shape {queries.shape}, the index wants [q, {dim}]")
+        raise ValueError(
+            f"queries have shape {queries.shape}, the index wants [q, {dim}]"
+        )
     # One dot product costs a live search of one query less than a mask would.
     if not np.isfinite(np.vdot(queries, queries)):
         bad = np.flatnonzero(~np.isfinite(squared_norms(queries)))

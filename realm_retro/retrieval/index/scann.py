@@ -66,14 +66,15 @@ class ScannParameters:
     def effort(self, k: int, size: int) -> tuple[int, int]:
         """Candidates to re-order and leaves to search for k of `size` results.
 
-        All of both where k is the whole index, so that nothing can be missing.
+        All of both where k is the whole index, so that nothing can be missing. −1
+        stands for a stage that the index does not have.
         """
-        if k >= size:
-            return size, self.num_leaves or -1
         factor = max(1.0, k / self.tuned_k)
         reorder = min(size, max(k, math.ceil(factor * self.reorder)))
         leaves = min(self.num_leaves, math.ceil(factor * self.leaves_to_search))
-        return reorder, leaves or -1
+        if k >= size:
+            reorder, leaves = size, self.num_leaves
+        return (reorder if self.reorder else -1), leaves or -1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -126,7 +127,9 @@ class ScannIndex:
             scale = SCALE * math.sqrt(offset) or 1.0
             extra = (offset - norms) / (2 * scale)
             vectors = np.concatenate([vectors, extra[:, None]], axis=1)
-        builder = scann_ops_pybind.builder(vectors, parameters.tuned_k, "dot_product")
+        builder: Any = scann_ops_pybind.builder(
+            vectors, parameters.tuned_k, "dot_product"
+        )
         if parameters.num_leaves:
             builder = builder.tree(
                 parameters.num_leaves,
@@ -231,9 +234,7 @@ class ScannIndex:
         result.scores[:, :found] = np.where(missing, base.MISSING_SCORE, scores)
         return result
 
-    def _search_rows(
-        self, queries: HostArray, k: int
-    ) -> tuple[HostArray, HostArray]:
+    def _search_rows(self, queries: HostArray, k: int) -> tuple[HostArray, HostArray]:
         """Rows uint32 and inner products float32 ``[q, k]``, NaN where missing."""
         if self.metric == "squared_l2":
             extended = np.empty((len(queries), self.width + 1), np.float32)

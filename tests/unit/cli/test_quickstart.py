@@ -62,23 +62,28 @@ def test_other_settings_ask_every_stage_again(road):
     assert road(settings="other") == list(STAGES)
 
 
-def test_a_stage_that_had_finished_keeps_its_numbers(road):
+def record(tmp_path, name, **values):
+    path = tmp_path / quickstart.LEDGER
+    book = json.loads(path.read_text())
+    book["stages"][name].update(values)
+    path.write_text(json.dumps(book))
+
+
+def test_a_stage_that_had_finished_keeps_its_numbers(road, tmp_path):
     road()
-    first = road.entries()
-    road(settings="other")
-    assert road.entries()["cut"]["seconds"] == first["cut"]["seconds"]
+    record(tmp_path, "cut", seconds=1e6)
+    assert road(settings="other") == list(STAGES)
+    assert road.entries()["cut"]["seconds"] == 1e6
     assert not road.entries()["cut"]["resumed"]
 
 
 def test_a_changed_output_is_measured_anew(road, tmp_path):
     road()
-    path = tmp_path / quickstart.LEDGER
-    book = json.loads(path.read_text())
-    book["stages"]["count"]["seconds"] = 1e6
-    path.write_text(json.dumps(book))
+    record(tmp_path, "count", seconds=1e6)
     road.outputs["count"].unlink()
     assert road(content="[]") == ["count", "show"]
     assert road.entries()["count"]["seconds"] < 1e6
+    assert not road.entries()["count"]["resumed"]
 
 
 @pytest.mark.parametrize("name", STAGES)
@@ -246,7 +251,10 @@ STAGE_USE = {
 def render(**changes):
     values = {
         "corpus": {"meta": {"attribution": "Text: Wikipedia, CC BY-SA 4.0"}},
-        "index": {"meta": {"recall": 0.98765}, "config": {"recall_target": 0.95}},
+        "index": {
+            "meta": {"backend": "scann", "recall": 0.98765},
+            "config": {"recall_k": 10, "recall_target": 0.95},
+        },
         "evaluation": EVALUATION,
         "generation": GENERATION,
         "stages": STAGE_USE,
@@ -260,7 +268,8 @@ def test_the_page_says_what_was_measured():
     assert "Held-out documents: 201, 118,204 bytes of text" in lines
     assert "retrieval OFF 0 2.5000 2.4000 … 2.6000" in lines
     assert "retrieval ON 2 2.0000 1.9000 … 2.1000" in lines
-    assert "Index: recall against exact search 0.9877 (asked for: 0.95)" in lines
+    index = "Index: scann, recall@10 against exact search 0.9877 (asked for: 0.95)"
+    assert index in lines
     assert "prepare 10.0 400" in lines
     assert "train 200.5* 1500" in lines
     assert "evaluate - -" in lines
@@ -300,7 +309,10 @@ def test_own_text_is_not_attributed_to_anybody():
 
 
 def test_the_page_is_read_from_the_workdir(tmp_path):
-    manifest = {"meta": {"recall": 1.0, "attribution": "by many"}, "config": {}}
+    manifest = {
+        "meta": {"backend": "exact", "recall": 1.0, "attribution": "by many"},
+        "config": {"recall_k": 10, "recall_target": 0.95},
+    }
     for folder in ("corpus", "index", "runs/retro"):
         (tmp_path / folder).mkdir(parents=True)
         (tmp_path / folder / "manifest.json").write_text(json.dumps(manifest))

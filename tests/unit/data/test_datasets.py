@@ -9,7 +9,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from realm_retro.data import corpus as corpus_lib
-from realm_retro.data import datasets, vital_articles
+from realm_retro.data import datasets, records, vital_articles
 from realm_retro.data.corpus import CorpusConfig, Document, Report
 from realm_retro.errors import UserError
 
@@ -35,7 +35,7 @@ def files(tmp_path):
 
 
 def test_documents_keep_their_order_and_content(tmp_path, files, monkeypatch):
-    monkeypatch.setattr(datasets, "_SHARD_DOCUMENTS", 10)
+    monkeypatch.setattr(records, "_SHARD_DOCUMENTS", 10)
     corpus, report = build(tmp_path / "c", **files)
     assert len(corpus) == report.documents == 25
     assert [corpus[i].id for i in range(25)] == [str(i) for i in range(25)]
@@ -43,6 +43,8 @@ def test_documents_keep_their_order_and_content(tmp_path, files, monkeypatch):
     assert corpus[3] == Document("3", "t3", "text 3 é😀\0", origin)
     shards = [name for name in corpus.manifest.files if "array_record" in name]
     assert len(shards) == 3
+    info = tfds.builder_from_directory(tmp_path / "c").info
+    assert info.splits["train"].shard_lengths == [10, 10, 5]
     assert corpus.manifest.meta["documents"] == 25
 
 
@@ -52,20 +54,35 @@ def test_a_corpus_is_an_ordinary_tfds_dataset(tmp_path, files):
     assert records[2]["text"].decode() == "text 2 é😀\0"
 
 
-def test_the_same_source_gives_the_same_fingerprint(tmp_path, files):
-    one = build(tmp_path / "one", **files)[0]
-    two = build(tmp_path / "two", **files)[0]
-    assert one.manifest.fingerprint == two.manifest.fingerprint
+def test_every_process_writes_the_same_bytes(tmp_path, files):
+    # Within one process even an unordered serialisation may repeat itself.
+    code = (
+        "import sys; from realm_retro.data import corpus, datasets\n"
+        "config = corpus.CorpusConfig(source='text_files', path=sys.argv[1])\n"
+        "stage = corpus.open_stage(config, sys.argv[2])\n"
+        "datasets.build(config, stage); print(stage.commit({}).fingerprint)"
+    )
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, files["path"], str(tmp_path / f"c{i}")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+        for i in range(3)
+    ]
+    fingerprints = {run.communicate()[0] for run in runs}
+    assert all(run.returncode == 0 for run in runs)
+    assert len(fingerprints) == 1
 
 
 def test_leftovers_of_a_killed_run_do_no_harm(tmp_path, files, monkeypatch):
     config = CorpusConfig(**files)
-    monkeypatch.setattr(datasets, "_SHARD_DOCUMENTS", 5)
+    monkeypatch.setattr(records, "_SHARD_DOCUMENTS", 5)
     datasets.build(config, corpus_lib.open_stage(config, tmp_path / "c"))
     with pytest.raises(UserError, match="corpus unfinished"):
         datasets.open_corpus(tmp_path / "c")
     # The next run finds less to write, or cuts it otherwise.
-    monkeypatch.setattr(datasets, "_SHARD_DOCUMENTS", 100)
+    monkeypatch.setattr(records, "_SHARD_DOCUMENTS", 100)
     (tmp_path / "c" / "a reader's own file.txt").write_text("stays")
     corpus = build(tmp_path / "c", **files)[0]
     assert len(corpus) == 25

@@ -30,6 +30,7 @@ def make_meter(every=2, steps=5):
         steps=steps,
         report=records.append,
     )
+    meter.start()
     return meter, records
 
 

@@ -1,0 +1,167 @@
+"""How well an index finds what exact search finds, and parameters that reach a target.
+
+Recall@k is the share of a query's true k nearest that a search returns; a query that is
+itself in the database is taken out of both. What is as near as the k-th true one counts
+as found, so that copies of one text stand in for each other.
+
+What a search misses lies in leaves that it did not visit, or lost its place when scores
+were quantised. Leaves are the dear part, so they get most of the allowed loss.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+
+import numpy as np
+
+from realm_retro.retrieval.index import base
+from realm_retro.retrieval.index.exact import ExactIndex
+from realm_retro.retrieval.index.scann import ScannIndex, ScannParameters
+from realm_retro.typing import HostArray
+
+# Below these sizes a tree, and then quantisation, costs more than it saves.
+MIN_ROWS_FOR_TREE = 10_000
+MIN_ROWS_FOR_QUANTISATION = 2_000
+
+_LEAVES_PER_ROOT = 2.0
+_SHARE_OF_LEAVES = 2 / 3
+_REORDER_PER_RESULT = (2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trial:
+    """Queries whose true neighbours are known.
+
+    Attributes:
+      queries: float32 [q, d].
+      own_ids: int64 [q], the id of each query if it is in the database, which is not
+        to be found; any other number if it is not.
+      k: neighbours looked for.
+      exact: holds the database.
+      worst: float64 [q], score of the last of the true neighbours.
+      possible: int64 [q], how many there are, at most k.
+    """
+
+    queries: HostArray
+    own_ids: HostArray
+    k: int
+    exact: ExactIndex
+    worst: HostArray
+    possible: HostArray
+
+    @classmethod
+    def make(
+        cls, exact: ExactIndex, queries: HostArray, own_ids: HostArray, k: int
+    ) -> Trial:
+        """Finds the true neighbours by exact search."""
+        truth = _others(exact, queries, own_ids, k)
+        scores = _true_scores(exact, queries, truth.ids)
+        present = truth.ids != base.MISSING_ID
+        worst = np.where(present, scores, np.inf).min(axis=1, initial=np.inf)
+        return cls(queries, own_ids, k, exact, worst, present.sum(axis=1))
+
+    def recall(self, index: base.Index) -> float:
+        """Recall@k of `index`, from 0 to 1; 1 where there is nothing to be found."""
+        found = _others(index, self.queries, self.own_ids, self.k)
+        scores = _true_scores(self.exact, self.queries, found.ids)
+        hits = (scores >= self.worst[:, None]).sum(axis=1)
+        possible = int(self.possible.sum())
+        return (
+            float(np.minimum(hits, self.possible).sum() / possible) if possible else 1.0
+        )
+
+
+def _others(
+    index: base.Index, queries: HostArray, own_ids: HostArray, k: int
+) -> base.SearchResult:
+    found = index.search(queries, k + 1)
+    return found.only(found.ids != own_ids[:, None], k)
+
+
+def _true_scores(exact: ExactIndex, queries: HostArray, ids: HostArray) -> HostArray:
+    """Scores in float64 [q, k], −inf where missing: the index's own may be rounded."""
+    rows = np.searchsorted(exact.ids, np.maximum(ids, exact.ids[0]))
+    vectors = exact.vectors[rows].astype(np.float64)
+    if exact.metric == "squared_l2":
+        scores = -np.square(vectors - queries[:, None]).sum(axis=-1)
+    else:
+        scores = np.einsum("qkd,qd->qk", vectors, queries.astype(np.float64))
+    return np.where(ids == base.MISSING_ID, -np.inf, scores)
+
+
+def initial_parameters(size: int, k: int) -> ScannParameters:
+    """The shape of an index of `size` rows; how it is searched is for `tune`."""
+    quantised = size >= MIN_ROWS_FOR_QUANTISATION
+    leaves = round(_LEAVES_PER_ROOT * math.sqrt(size))
+    return ScannParameters(
+        num_leaves=leaves if size >= MIN_ROWS_FOR_TREE else 0,
+        leaves_to_search=1,
+        reorder=k * _REORDER_PER_RESULT[-1] if quantised else 0,
+        tuned_k=k + 1,
+    )
+
+
+def tune(index: ScannIndex, trial: Trial, recall: float) -> ScannIndex:
+    """The same index, searched just hard enough for a recall on `trial`.
+
+    Where the recall cannot be reached, everything is searched.
+    """
+    start = index.parameters
+    index = _first(
+        (
+            dataclasses.replace(start, leaves_to_search=leaves)
+            for leaves in _leaves(start.num_leaves)
+        ),
+        index,
+        trial,
+        1 - (1 - recall) * _SHARE_OF_LEAVES,
+    )
+    found = index.parameters
+    return _first(
+        (
+            dataclasses.replace(found, reorder=reorder)
+            for reorder in (trial.k * n for n in _REORDER_PER_RESULT if start.reorder)
+        ),
+        index,
+        trial,
+        recall,
+    )
+
+
+def _first(
+    candidates: Iterator[ScannParameters],
+    index: ScannIndex,
+    trial: Trial,
+    recall: float,
+) -> ScannIndex:
+    """`index` with the first parameters that reach a recall, or else the last."""
+    for parameters in candidates:
+        index = dataclasses.replace(index, parameters=parameters)
+        if trial.recall(index) >= recall:
+            break
+    return index
+
+
+def _leaves(num_leaves: int) -> Iterator[int]:
+    """Numbers of leaves to try: rising by a tenth, up to all of them."""
+    leaves = 1
+    while leaves < num_leaves:
+        yield leaves
+        leaves = max(leaves + 1, round(leaves * 1.1))
+    if num_leaves:
+        yield num_leaves
+
+
+def queries_per_second(
+    index: base.Index, queries: HostArray, *, k: int, batch: int, seconds: float = 0.3
+) -> float:
+    """Speed of searches for k neighbours in batches, after a first one to warm up."""
+    batches = [queries[i : i + batch] for i in range(0, len(queries), batch)]
+    index.search(batches[0], k)
+    done, start = 0, time.perf_counter()
+    while (elapsed := time.perf_counter() - start) < seconds:
+        done += len(index.search(batches[done // batch % len(batches)], k).ids)
+    return done / elapsed
