@@ -2,13 +2,13 @@
 
 Run as a program, it trains in a folder, so that a test can kill it:
 
-  python tests/toy_training.py RUN_DIR [seconds that each batch takes]
+  python tests/toy_training.py RUN_DIR [seconds each batch takes [mesh sizes]]
 """
 
 import contextlib
 import dataclasses
+import functools
 import sys
-import tempfile
 import time
 
 import flax.linen as nn
@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from realm_retro.nn.losses import cross_entropy
-from realm_retro.parallel import axes
+from realm_retro.parallel import axes, hosts
 from realm_retro.parallel.mesh import MeshConfig, make_mesh
 from realm_retro.train.config import TrainConfig
 from realm_retro.train.loop import train
@@ -107,39 +107,46 @@ def make_config(steps=20, **changes):
     return TrainConfig(steps=steps, **{**defaults, **changes})
 
 
-def run(run_dir, recipe=None, *, mesh=None, steps=20, settings=None, lines=None, **kw):
-    """Trains the toy in `run_dir`; `kw` are fields of TrainConfig."""
+def run(
+    run_dir,
+    recipe=None,
+    *,
+    mesh=None,
+    steps=20,
+    settings=None,
+    report=lambda line: None,
+    **changes,
+):
+    """Trains the toy in `run_dir`; `changes` are fields of TrainConfig."""
     return train(
         recipe or make_recipe(),
         run_dir,
-        config=make_config(steps, **kw),
+        config=make_config(steps, **changes),
         optimizer=OPTIMIZER,
-        mesh=mesh or make_mesh(devices=jax.devices()[:1]),
+        mesh=mesh or mesh_of(1, 1, 1),
         seed=3,
         settings=settings,
-        report=(lambda line: None) if lines is None else lines.append,
+        report=report,
     )
 
 
-_COMPILED = tempfile.TemporaryDirectory(prefix="toy-compiled-")
-_QUICK = {
-    "jax_disable_most_optimizations": (True, False),
-    "jax_compilation_cache_dir": (_COMPILED.name, None),
-    "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
-    "jax_persistent_cache_min_entry_size_bytes": (-1, 0),
-}
-
-
 @contextlib.contextmanager
-def quick_compiles():
+def quick_compiles(tmp_path_factory):
     """The toy runs for milliseconds: compile it fast rather than well, and once."""
+    folder = str(tmp_path_factory.getbasetemp() / "compiled")
+    quick = {
+        "jax_disable_most_optimizations": (True, False),
+        "jax_compilation_cache_dir": (folder, None),
+        "jax_persistent_cache_min_compile_time_secs": (0.0, 1.0),
+        "jax_persistent_cache_min_entry_size_bytes": (-1, 0),
+    }
     try:
-        for name, (value, _) in _QUICK.items():
+        for name, (value, _) in quick.items():
             jax.config.update(name, value)
         compilation_cache.reset_cache()
         yield
     finally:
-        for name, (_, default) in _QUICK.items():
+        for name, (_, default) in quick.items():
             jax.config.update(name, default)
         compilation_cache.reset_cache()
 
@@ -149,20 +156,21 @@ def mesh_of(data, fsdp, tensor):
     return make_mesh(MeshConfig(data, fsdp, tensor), devices)
 
 
-if __name__ == "__main__":
-    folder, pause = sys.argv[1], float(sys.argv[2])
+def main(run_dir, pause="0", *sizes):
+    hosts.initialise()
 
     def slowly(step):
-        time.sleep(pause)
+        time.sleep(float(pause))
         return batch_at(step)
 
-    outcome = train(
+    outcome = run(
+        run_dir,
         make_recipe(batch_at=slowly),
-        folder,
-        config=make_config(),
-        optimizer=OPTIMIZER,
-        mesh=make_mesh(devices=jax.devices()[:1]),
-        seed=3,
-        report=lambda line: print(line, flush=True),
+        mesh=mesh_of(*(int(size) for size in sizes)) if sizes else None,
+        report=functools.partial(print, flush=True),
     )
-    sys.exit(0 if outcome.finished else 143)
+    return 0 if outcome.finished else 143
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -51,32 +51,46 @@ def get_config(which: str = "retro") -> ml_collections.ConfigDict:
         {
             "vocab_size": 4096,
             "chunk_length": 64,
-            "num_layers": 6,
-            "model_dim": 256,
+            "num_layers": 4,
+            "model_dim": 128,
             "num_heads": 4,
-            "head_dim": 64,
-            "ffw_dim": 1024,
-            "cca_layers": (3, 6),
+            "head_dim": 32,
+            "ffw_dim": 512,
+            "cca_layers": (2, 4),
             "encoder_layers": 1,
-            "encoder_dim": 128,
-            "encoder_num_heads": 2,
-            "encoder_head_dim": 64,
-            "encoder_ffw_dim": 512,
+            "encoder_dim": 96,
+            "encoder_num_heads": 3,
+            "encoder_head_dim": 32,
+            "encoder_ffw_dim": 384,
             "encoder_ca_layers": (1,),
             "compute_dtype": "float32",
         }
     )
     config.optimizer = ml_collections.ConfigDict(
-        {"peak_learning_rate": 2e-3, "warmup_steps": 50}
+        {"peak_learning_rate": 4e-3, "warmup_steps": 50}
     )
     config.train = ml_collections.ConfigDict(
-        {"steps": 300, "batch_size": 8, "sequence_chunks": 8, "neighbours": 2}
+        {
+            "steps": 500,
+            "batch_size": 16,
+            "sequence_chunks": 4,
+            "neighbours": 2,
+            "log_every": 20,
+            "checkpoint_every": 100,
+        }
     )
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})
     config.evaluate = ml_collections.ConfigDict(
-        {"batch_size": 8, "stride_chunks": 4, "neighbours": (1, 2, 4)}
+        {"batch_size": 16, "stride_chunks": 2, "neighbours": (1, 2, 4)}
     )
     config.generate = ml_collections.ConfigDict(
-        {"max_tokens": 128, "temperature": 0.8, "top_p": 0.95, "neighbours": 2}
+        {
+            "max_tokens": 128,
+            "temperature": 0.8,
+            "top_k": 0,
+            "top_p": 0.95,
+            "seed": 0,
+            "neighbours": 2,
+        }
     )
     return sizes.variant(config, which)

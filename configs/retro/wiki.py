@@ -70,7 +70,14 @@ def get_config(which: str = "retro") -> ml_collections.ConfigDict:
                 "stride_chunks": 4,
                 "neighbours": (1, 2, 4, 8),
             },
-            "generate": {"max_tokens": 128, "neighbours": 2},
+            "generate": {
+                "max_tokens": 128,
+                "temperature": 0.8,
+                "top_k": 0,
+                "top_p": 0.95,
+                "seed": 0,
+                "neighbours": 2,
+            },
         }
     )
     return sizes.variant(config, which)

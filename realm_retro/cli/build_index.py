@@ -121,11 +121,6 @@ def _exact(
     """The database for exact search: the truth, and perhaps the index itself."""
     splits = (chunk_store.TRAIN, chunk_store.DATABASE)
     ids = np.sort(np.concatenate([chunks.chunks_of(split) for split in splits]))
-    if not ids.size:
-        raise UserError(
-            f"{chunks.manifest.directory}: has no chunk to retrieve from (all are held"
-            " out); lower config.chunks.validation_fraction or add documents"
-        )
     return ExactIndex.build(embeddings.vectors[ids], ids, metric=settings.metric)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import time
+from typing import Any
 
 import numpy as np
 from etils import epath
@@ -127,8 +128,9 @@ def _write(
     num_bytes: HostArray,
     bits: dict[int, HostArray],
 ) -> None:
-    arrays = {f"bits_{k}": values for k, values in bits.items()}
-    np.savez(run_dir / "document_bits.npz", documents=rows, bytes=num_bytes, **arrays)
+    arrays: dict[str, Any] = {f"bits_{k}": values for k, values in bits.items()}
+    arrays |= {"documents": rows, "bytes": num_bytes}
+    np.savez(run_dir / "document_bits.npz", **arrays)
     temporary = run_dir / "evaluation.json.tmp"
     temporary.write_text(json.dumps(report, indent=1))
     temporary.replace(run_dir / "evaluation.json")

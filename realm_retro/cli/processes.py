@@ -63,7 +63,7 @@ def run(
 
 
 def _failure(command: Sequence[str], code: int) -> str:
-    what = " ".join(command[1:3])
+    what = command[2] if command[1] == "-m" else command[0]
     if code == -signal.SIGKILL:
         return f"{what} was killed, perhaps for memory; run the same command to resume"
     if code < 0:

@@ -135,7 +135,7 @@ def _stages(stages: Mapping[str, JsonDict]) -> str:
         rows.append(["all", f"{total:.1f}" + " " * resumed, str(peak)])
     text = table(["stage", "seconds", "peak MB"], rows)
     if resumed:
-        text += "\n* since it was last resumed"
+        text += "\n* since it was last started again"
     if len(known_stages) < len(stages):
         text += "\n- was run by hand before, and not measured here"
     return text

@@ -146,11 +146,11 @@ class VitalArticles(tfds.core.GeneratorBasedBuilder):
 
 
 def _text(value: Any, origin: str, report: Report) -> Any:
-    # TFDS without TensorFlow gives text as bytes, and lists of it as object arrays.
+    # TFDS without TensorFlow gives text as bytes, and lists of it as lists or arrays.
     if isinstance(value, bytes):
         return decode(value, origin, report)
-    if isinstance(value, np.ndarray):
-        return [_text(item, origin, report) for item in value.tolist()]
+    if isinstance(value, list | np.ndarray):
+        return [_text(item, origin, report) for item in value]
     return value
 
 

@@ -73,7 +73,14 @@ def paper(name: str) -> Config:
             },
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "evaluate": {"batch_size": 64, "stride_chunks": 16, "neighbours": (10,)},
-            "generate": {"max_tokens": 512, "neighbours": 10},
+            "generate": {
+                "max_tokens": 512,
+                "temperature": 0.8,
+                "top_k": 0,
+                "top_p": 0.95,
+                "seed": 0,
+                "neighbours": 10,
+            },
         }
     )
 

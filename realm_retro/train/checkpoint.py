@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import jax
 import numpy as np
@@ -43,6 +42,11 @@ class Checkpoints:
                 preservation_policy=ocp.checkpoint_managers.LatestN(keep),
                 create=keep is not None,
             ),
+            item_handlers={
+                "params": ocp.StandardCheckpointHandler(),
+                "opt_state": ocp.StandardCheckpointHandler(),
+                "meta": ocp.JsonCheckpointHandler(),
+            },
         )
 
     def __enter__(self) -> Checkpoints:
@@ -91,31 +95,54 @@ class Checkpoints:
           abstract: the shapes, dtypes and shardings wanted.
 
         Raises:
-          UserError: it is damaged, or of a model of other shapes.
+          UserError: it is damaged, or of another model.
         """
-        found = self._read(
-            step,
-            params=ocp.args.StandardRestore(abstract.params),
-            opt_state=ocp.args.StandardRestore(abstract.opt_state),
-            meta=ocp.args.JsonRestore(),
-        )
+        with self._reading(step):
+            self._check_model(step, abstract.params)
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract.params),
+                    opt_state=ocp.args.StandardRestore(abstract.opt_state),
+                    meta=ocp.args.JsonRestore(),
+                ),
+            )
         count = jax.device_put(np.int32(step), abstract.step.sharding)
-        return TrainState(count, found.params, found.opt_state), found.meta
+        return TrainState(count, found["params"], found["opt_state"]), found["meta"]
 
     def restore_params(self, step: int, abstract: PyTree) -> PyTree:
         """Reads the weights alone; see `restore`."""
-        return self._read(step, params=ocp.args.StandardRestore(abstract)).params
+        with self._reading(step):
+            self._check_model(step, abstract)
+            found = self._manager.restore(
+                step,
+                args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)),
+            )
+        return found["params"]
 
-    def _read(self, step: int, **items: ocp.args.CheckpointArgs) -> Any:
+    @contextlib.contextmanager
+    def _reading(self, step: int) -> Iterator[None]:
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(**items))
-        except (ValueError, KeyError, OSError) as error:
+            yield
+        except UserError:
+            raise
+        except (ValueError, KeyError, TypeError, OSError) as error:
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"{self.directory / str(step)}: cannot be read: it is damaged (delete"
-                " it to go on from the one before) or of a model of other sizes"
-                f" (use another --config.name): {reason}"
+                f"{self.directory / str(step)}: cannot be read, it is damaged; delete"
+                f" it to go on from the checkpoint before it ({reason})"
             ) from error
+
+    def _check_model(self, step: int, abstract: PyTree) -> None:
+        there = _shapes(self._manager.item_metadata(step)["params"].tree)
+        here = _shapes(abstract)
+        for name in sorted(there.keys() | here.keys()):
+            if there.get(name) != here.get(name):
+                raise UserError(
+                    f"{self.directory / str(step)}: is of another model: {name} has"
+                    f" shape {there.get(name)} there, {here.get(name)} here; use the"
+                    " config.model of its training, or another --config.name"
+                )
 
 
 def restore_params(
@@ -150,6 +177,11 @@ def restore_params(
             raise UserError(f"{directory}: there is {which}; {again}")
         abstract = states.abstract_params(init, mesh)
         return checkpoints.restore_params(step, abstract), step
+
+
+def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): tuple(x.shape) for path, x in leaves}
 
 
 @contextlib.contextmanager

@@ -100,7 +100,7 @@ def train(
     report(recipe.description)
     _note_uneven(config, mesh, report)
     with _forgiving(stage), Checkpoints(stage.directory, keep=config.keep) as saved:
-        rule, abstract = _plan(recipe, config, optimizer, mesh)
+        rule, abstract = plan(recipe, config, optimizer, mesh)
         done = saved.latest() or 0
         if done:
             state, meta = saved.restore(done, abstract)
@@ -218,7 +218,7 @@ def _forgiving(stage: Stage) -> Iterator[None]:
         yield
 
 
-def _plan(
+def plan(
     recipe: Recipe, config: TrainConfig, optimizer: OptimizerConfig, mesh: Mesh
 ) -> tuple[Optimizer, TrainState]:
     """The update rule, and the state's shapes and shardings; nothing is computed."""

@@ -10,8 +10,8 @@ from realm_retro.train.metrics import FILE
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    with toy.quick_compiles():
+def quick_compiles(tmp_path_factory):
+    with toy.quick_compiles(tmp_path_factory):
         yield
 
 

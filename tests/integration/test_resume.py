@@ -19,8 +19,8 @@ from realm_retro.train.metrics import FILE
 
 
 @pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-    with toy.quick_compiles():
+def quick_compiles(tmp_path_factory):
+    with toy.quick_compiles(tmp_path_factory):
         yield
 
 
@@ -75,7 +75,7 @@ def test_crashes_change_nothing(tmp_path, straight, steps):
         with pytest.raises(Crash):
             toy.run(tmp_path, crash_at(step))
     lines = []
-    assert toy.run(tmp_path, lines=lines).finished
+    assert toy.run(tmp_path, report=lines.append).finished
     saved = (steps[-1] - 1) // 5 * 5
     assert any(f"going on from step {saved}" in line for line in lines) == (saved > 0)
     assert_same_run(tmp_path, straight)

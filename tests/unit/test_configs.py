@@ -68,6 +68,9 @@ def variants():
             yield pytest.param(path, ("plain",), id=f"{name(path)}:plain")
 
 
+VARIANTS = list(variants())
+
+
 def load(path, arguments):
     return module_of(path).get_config(*arguments)
 
@@ -76,7 +79,7 @@ def test_there_are_configs():
     assert "configs/retro/quickstart.py" in map(name, FILES)
 
 
-@pytest.mark.parametrize(("path", "arguments"), variants())
+@pytest.mark.parametrize(("path", "arguments"), VARIANTS)
 def test_it_is_plain_and_the_same_each_time(path, arguments):
     config = load(path, arguments)
     assert isinstance(config, ml_collections.ConfigDict)
@@ -95,7 +98,7 @@ def test_its_docstring_carries_command_cost_and_expected_result(path):
         assert re.search(word, doc), word
 
 
-@pytest.mark.parametrize(("path", "arguments"), variants())
+@pytest.mark.parametrize(("path", "arguments"), VARIANTS)
 def test_the_models_shapes_fit(path, arguments):
     config = load(path, arguments)
     if "model" not in config:
@@ -108,7 +111,7 @@ def test_the_models_shapes_fit(path, arguments):
     assert {leaf.dtype.name for leaf in leaves} == {"float32"}
 
 
-@pytest.mark.parametrize(("path", "arguments"), variants())
+@pytest.mark.parametrize(("path", "arguments"), VARIANTS)
 def test_every_section_is_one_that_its_stage_reads(path, arguments):
     config = load(path, arguments)
     for section in set(SECTIONS) & set(config):

@@ -33,7 +33,7 @@ from realm_retro.typing import HostArray, JsonDict
 # Found best at 40,000 sentence embeddings of width 384.
 DIMS_PER_BLOCK = 2
 SOAR_LAMBDA = 1.5
-SCALE = 0.5  # c, in root mean square lengths of the vectors
+SCALE = 0.7  # c, in root mean square lengths of the vectors
 MIN_LEAF_SIZE = 10
 TRAINING_SAMPLE = 100_000
 
@@ -50,10 +50,9 @@ class ScannParameters:
     """What decides the speed and the recall of a search.
 
     Attributes:
-      num_leaves: partitions of the tree; 0 scores every row (quantised).
+      num_leaves: partitions of the tree; 0 scores every row exactly.
       leaves_to_search: partitions scored for a query.
-      reorder: candidates whose scores are computed exactly; 0 scores every row
-        exactly, without quantisation.
+      reorder: candidates whose scores are computed exactly.
       tuned_k: the number of results that these were tuned for; a search for more
         looks at proportionally more leaves and candidates.
     """
@@ -66,15 +65,16 @@ class ScannParameters:
     def effort(self, k: int, size: int) -> tuple[int, int]:
         """Candidates to re-order and leaves to search for k of `size` results.
 
-        All of both where k is the whole index, so that nothing can be missing. −1
-        stands for a stage that the index does not have.
+        All of both where k is the whole index, so that nothing can be missing; −1
+        where there is no tree.
         """
+        if not self.num_leaves:
+            return -1, -1
+        if k >= size:
+            return size, self.num_leaves
         factor = max(1.0, k / self.tuned_k)
         reorder = min(size, max(k, math.ceil(factor * self.reorder)))
-        leaves = min(self.num_leaves, math.ceil(factor * self.leaves_to_search))
-        if k >= size:
-            reorder, leaves = size, self.num_leaves
-        return (reorder if self.reorder else -1), leaves or -1
+        return reorder, min(self.num_leaves, math.ceil(factor * self.leaves_to_search))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,17 +131,17 @@ class ScannIndex:
             vectors, parameters.tuned_k, "dot_product"
         )
         if parameters.num_leaves:
-            builder = builder.tree(
-                parameters.num_leaves,
-                parameters.leaves_to_search,
-                min_partition_size=MIN_LEAF_SIZE,
-                training_sample_size=TRAINING_SAMPLE,
-                soar_lambda=SOAR_LAMBDA,
+            builder = (
+                builder.tree(
+                    parameters.num_leaves,
+                    parameters.leaves_to_search,
+                    min_partition_size=MIN_LEAF_SIZE,
+                    training_sample_size=TRAINING_SAMPLE,
+                    soar_lambda=SOAR_LAMBDA,
+                )
+                .score_ah(DIMS_PER_BLOCK, training_sample_size=TRAINING_SAMPLE)
+                .reorder(parameters.reorder)
             )
-        if parameters.reorder:
-            builder = builder.score_ah(
-                DIMS_PER_BLOCK, training_sample_size=TRAINING_SAMPLE
-            ).reorder(parameters.reorder)
         else:
             builder = builder.score_brute_force()
         return cls(builder.build(), ids, metric, width, parameters, scale, offset)
@@ -220,15 +220,14 @@ class ScannIndex:
             return base.SearchResult.missing(0, k)
         found = min(k, self.size)
         rows, products = self._search_rows(queries, found)
-        # Where a search ends with too few, ScaNN fills up with row 0 and NaN.
-        missing = np.isnan(products)
-        ids = self.ids[rows]
-        scores = products
+        ids, scores = self.ids[rows], products
         if self.metric == "squared_l2":
             shift = base.squared_norms(queries) + np.float32(self.offset)
             scores = np.minimum(2 * products - shift[:, None], 0)
-        if found == k and not missing.any():
+        # Where a search ends with too few, ScaNN fills up with row 0 and NaN.
+        if found == k and not np.isnan(products[:, -1]).any():
             return base.SearchResult(ids, scores)
+        missing = np.isnan(products)
         result = base.SearchResult.missing(len(queries), k)
         result.ids[:, :found] = np.where(missing, base.MISSING_ID, ids)
         result.scores[:, :found] = np.where(missing, base.MISSING_SCORE, scores)

@@ -22,9 +22,8 @@ from realm_retro.retrieval.index.exact import ExactIndex
 from realm_retro.retrieval.index.scann import ScannIndex, ScannParameters
 from realm_retro.typing import HostArray
 
-# Below these sizes a tree, and then quantisation, costs more than it saves.
-MIN_ROWS_FOR_TREE = 10_000
-MIN_ROWS_FOR_QUANTISATION = 2_000
+# Below this size a tree saves too little to be worth what it misses.
+MIN_ROWS_FOR_TREE = 5_000
 
 _LEAVES_PER_ROOT = 2.0
 _SHARE_OF_LEAVES = 2 / 3
@@ -42,7 +41,7 @@ class Trial:
       k: neighbours looked for.
       exact: holds the database.
       worst: float64 [q], score of the last of the true neighbours.
-      possible: int64 [q], how many there are, at most k.
+      possible: true neighbours of all queries together.
     """
 
     queries: HostArray
@@ -50,7 +49,7 @@ class Trial:
     k: int
     exact: ExactIndex
     worst: HostArray
-    possible: HostArray
+    possible: int
 
     @classmethod
     def make(
@@ -61,17 +60,14 @@ class Trial:
         scores = _true_scores(exact, queries, truth.ids)
         present = truth.ids != base.MISSING_ID
         worst = np.where(present, scores, np.inf).min(axis=1, initial=np.inf)
-        return cls(queries, own_ids, k, exact, worst, present.sum(axis=1))
+        return cls(queries, own_ids, k, exact, worst, int(present.sum()))
 
     def recall(self, index: base.Index) -> float:
         """Recall@k of `index`, from 0 to 1; 1 where there is nothing to be found."""
         found = _others(index, self.queries, self.own_ids, self.k)
         scores = _true_scores(self.exact, self.queries, found.ids)
-        hits = (scores >= self.worst[:, None]).sum(axis=1)
-        possible = int(self.possible.sum())
-        return (
-            float(np.minimum(hits, self.possible).sum() / possible) if possible else 1.0
-        )
+        hits = int((scores >= self.worst[:, None]).sum())
+        return hits / self.possible if self.possible else 1.0
 
 
 def _others(
@@ -94,12 +90,11 @@ def _true_scores(exact: ExactIndex, queries: HostArray, ids: HostArray) -> HostA
 
 def initial_parameters(size: int, k: int) -> ScannParameters:
     """The shape of an index of `size` rows; how it is searched is for `tune`."""
-    quantised = size >= MIN_ROWS_FOR_QUANTISATION
     leaves = round(_LEAVES_PER_ROOT * math.sqrt(size))
     return ScannParameters(
         num_leaves=leaves if size >= MIN_ROWS_FOR_TREE else 0,
         leaves_to_search=1,
-        reorder=k * _REORDER_PER_RESULT[-1] if quantised else 0,
+        reorder=k * _REORDER_PER_RESULT[-1],
         tuned_k=k + 1,
     )
 
@@ -110,6 +105,8 @@ def tune(index: ScannIndex, trial: Trial, recall: float) -> ScannIndex:
     Where the recall cannot be reached, everything is searched.
     """
     start = index.parameters
+    if not start.num_leaves:
+        return index
     index = _first(
         (
             dataclasses.replace(start, leaves_to_search=leaves)
@@ -123,7 +120,7 @@ def tune(index: ScannIndex, trial: Trial, recall: float) -> ScannIndex:
     return _first(
         (
             dataclasses.replace(found, reorder=reorder)
-            for reorder in (trial.k * n for n in _REORDER_PER_RESULT if start.reorder)
+            for reorder in (trial.k * n for n in _REORDER_PER_RESULT)
         ),
         index,
         trial,
@@ -151,8 +148,7 @@ def _leaves(num_leaves: int) -> Iterator[int]:
     while leaves < num_leaves:
         yield leaves
         leaves = max(leaves + 1, round(leaves * 1.1))
-    if num_leaves:
-        yield num_leaves
+    yield num_leaves
 
 
 def queries_per_second(

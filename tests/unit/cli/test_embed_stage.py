@@ -51,7 +51,7 @@ def workdir(tmp_path, chunks):
 def config_of(encoder, **changes):
     config = ml_collections.ConfigDict(
         {
-            "encoder": {"path": str(encoder), "max_tokens": 24},
+            "encoder": {"path": str(encoder), "max_tokens": 8},
             "embed": {"dtype": "float32", "shard_size": 16},
         }
     )
@@ -76,7 +76,7 @@ def test_rows_are_the_chunks_in_order(workdir, encoder, capsys):
     meta = found.manifest.meta
     assert meta["truncated"] > 0
     assert (
-        f"{meta['truncated']:,} chunks were cut to 24 tokens" in capsys.readouterr().out
+        f"{meta['truncated']:,} chunks were cut to 8 tokens" in capsys.readouterr().out
     )
     embed_cli.main(config, workdir)
     assert "finished already" in capsys.readouterr().out
@@ -125,8 +125,8 @@ def test_resumes_at_the_missing_shard(workdir, encoder, tmp_path):
 def test_other_settings_are_refused(workdir, encoder):
     embed_cli.main(config_of(encoder), workdir)
     with pytest.raises(UserError, match=r"max_tokens|parents.encoder"):
-        embed_cli.main(config_of(encoder, **{"encoder.max_tokens": 23}), workdir)
-    with pytest.raises(UserError, match="config.dtype: float32 there, float16 here"):
+        embed_cli.main(config_of(encoder, **{"encoder.max_tokens": 9}), workdir)
+    with pytest.raises(UserError, match=r"config.dtype: float32 there, float16 here"):
         embed_cli.main(config_of(encoder, **{"embed.dtype": "float16"}), workdir)
 
 
@@ -156,7 +156,7 @@ def test_bad_settings_are_named_and_leave_nothing_behind(
 
 
 def test_unknown_encoder_is_named(encoder, workdir):
-    with pytest.raises(UserError, match="config.encoder: name='bertha' is not known"):
+    with pytest.raises(UserError, match=r"config.encoder: name='bertha' is not known"):
         embed_cli.main(
             ml_collections.ConfigDict({"encoder": {"name": "bertha"}}), workdir
         )
@@ -175,10 +175,10 @@ def test_tokenizer_of_another_model(workdir, tmp_path):
     name = "embeddings.word_embeddings.weight"
     weights[name] = weights[name][:10]
     folder = tiny_bert.write(tmp_path / "encoder", weights=weights, config=config)
-    with pytest.raises(UserError, match="has 19 pieces, but the weights know 10"):
+    with pytest.raises(UserError, match="has 15 pieces, but the weights know 10"):
         embed_cli.main(config_of(folder), workdir)
 
 
 def test_float16_that_cannot_hold_a_vector():
-    with pytest.raises(UserError, match="cannot hold 7e.04"):
+    with pytest.raises(UserError, match=r"cannot hold 7e.04"):
         embed_cli._narrowed(np.full((1, 2), 7e4, np.float32), "float16")

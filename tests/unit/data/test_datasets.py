@@ -92,6 +92,20 @@ def test_leftovers_of_a_killed_run_do_no_harm(tmp_path, files, monkeypatch):
     assert corpus.manifest.fingerprint == fresh.manifest.fingerprint
 
 
+def test_leftovers_of_a_failed_run_are_removed(tmp_path, files, monkeypatch):
+    monkeypatch.setattr(records, "_SHARD_DOCUMENTS", 5)
+    path = write_jsonl(
+        tmp_path / "d.jsonl", [{"text": "x", "id": i % 19} for i in range(20)]
+    )
+    settings = files | {"path": str(path)}
+    with pytest.raises(UserError, match="have the same id"):
+        build(tmp_path / "c", **settings)
+    assert len(list((tmp_path / "c").glob("*array_record*"))) == 4
+    write_jsonl(path, [{"text": "x", "id": 1}])
+    assert len(build(tmp_path / "c", **settings)[0]) == 1
+    assert len(list((tmp_path / "c").glob("*array_record*"))) == 1
+
+
 def test_duplicate_ids_name_both_and_the_remedy(tmp_path, files):
     rows = [{"text": "a", "id": 7}, {"text": "b", "id": 8}, {"text": "c", "id": 7}]
     path = write_jsonl(tmp_path / "d.jsonl", rows)
@@ -203,6 +217,28 @@ def tfds_dir(tmp_path_factory):
         "vital_articles/es", data_dir=data_dir, file_format="array_record"
     ).download_and_prepare()
     return str(data_dir)
+
+
+class ListsOfText(tfds.core.GeneratorBasedBuilder):
+    """A dataset whose text is a list of paragraphs."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        texts = tfds.features.Sequence(tfds.features.Text())
+        features = tfds.features.FeaturesDict({"text": texts})
+        return tfds.core.DatasetInfo(builder=self, features=features)
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        yield 0, {"text": ["première", "second"]}
+
+
+def test_a_tfds_dataset_with_lists_of_text(tmp_path):
+    [document], _ = read_tfds("tfds:lists_of_text:train", data_dir=str(tmp_path))
+    assert document.text == "première\nsecond"
 
 
 def read_tfds(source, **settings):

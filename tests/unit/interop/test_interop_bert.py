@@ -76,7 +76,7 @@ def test_missing_tensor_is_named(tmp_path):
 
 def test_left_over_tensor_is_named(tmp_path):
     weights = {**tiny_bert.tensors(), "cls.predictions.bias": np.zeros(3)}
-    with pytest.raises(UserError, match="without a place.*: cls.predictions.bias;"):
+    with pytest.raises(UserError, match=r"without a place.*: cls.predictions.bias;"):
         load(tmp_path, weights=weights)
 
 
@@ -88,7 +88,7 @@ def test_fewer_layers_in_the_config_leave_tensors_over(tmp_path):
 
 def test_wrong_shape_is_named(tmp_path):
     config = tiny_bert.config_json(vocab_size=7)
-    with pytest.raises(UserError, match=r"word_embeddings.* \(19, 16\).* \(7, 16\)"):
+    with pytest.raises(UserError, match=r"word_embeddings.* \(15, 16\).* \(7, 16\)"):
         load(tmp_path, config=config)
 
 
@@ -104,7 +104,7 @@ def test_missing_file_is_named(tmp_path, name):
 def test_truncated_weights(tmp_path, keep):
     path = tiny_bert.write(tmp_path) / "model.safetensors"
     path.write_bytes(path.read_bytes()[:keep])
-    with pytest.raises(UserError, match="model.safetensors: is damaged"):
+    with pytest.raises(UserError, match=r"model.safetensors: is damaged"):
         interop.load_safetensors(tmp_path)
 
 

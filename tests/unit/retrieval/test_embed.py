@@ -1,5 +1,7 @@
 """Texts to vectors: order, batches, truncation and counts."""
 
+import itertools
+
 import numpy as np
 import pytest
 import tiny_bert
@@ -172,7 +174,7 @@ def test_bucket_lengths(max_tokens):
     assert lengths == sorted(set(lengths))
     assert lengths[-1] == max_tokens
     assert len(lengths) <= max(1, -(-max_tokens // 16))
-    for short, long in zip(lengths, lengths[1:], strict=False):
+    for short, long in itertools.pairwise(lengths):
         assert long - short <= max(16, short / 8)
 
 

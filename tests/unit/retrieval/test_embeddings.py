@@ -48,13 +48,13 @@ def test_other_parents_are_refused(directory):
 def test_damage_is_refused(directory):
     path = directory / "vectors-00001-of-00003.npy"
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="truncated.*realm_retro.cli.embed"):
+    with pytest.raises(UserError, match=r"truncated.*realm_retro.cli.embed"):
         Embeddings.open(directory)
 
 
 def test_missing(tmp_path):
     with pytest.raises(
-        UserError, match="missing; run: python -m realm_retro.cli.embed"
+        UserError, match=r"missing; run: python -m realm_retro.cli.embed"
     ):
         Embeddings.open(tmp_path / "none")
 

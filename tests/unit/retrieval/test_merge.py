@@ -1,5 +1,7 @@
 """Merging the results of parts is searching the whole."""
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -29,7 +31,7 @@ def test_parts_give_the_whole(rows, k, cuts, seed):
         return index.search(queries, k)
 
     borders = sorted({0, rows, *(cut for cut in cuts if cut < rows)})
-    parts = [search(slice(a, b)) for a, b in zip(borders, borders[1:], strict=False)]
+    parts = [search(slice(a, b)) for a, b in itertools.pairwise(borders)]
     rng.shuffle(parts)
     merged, whole = merge(parts, k), search(slice(None))
     np.testing.assert_array_equal(merged.ids, whole.ids)

@@ -18,7 +18,7 @@ from retro_examples import Example, jit, random_example, random_params, small_co
 from realm_retro.nn import losses
 from realm_retro.retro.model import Retro
 
-CONFIG = small_config(encoder_layers=1)
+CONFIG = small_config(num_layers=2, cca_layers=(1, 2), encoder_layers=1)
 MODEL = Retro(CONFIG)
 M, R, CHUNKS, K = CONFIG.chunk_length, CONFIG.neighbour_length, 4, 2
 N = M * CHUNKS

@@ -109,7 +109,7 @@ def test_every_parameter_can_be_sharded():
 
 
 def test_recomputing_activations_changes_nothing():
-    config = small_config(encoder_layers=1)
+    config = small_config(num_layers=2, encoder_layers=1, cca_layers=(1, 2))
     params, x = random_params(config), random_example(config, batch=1, chunks=3)
 
     def logits(remat):

@@ -5,6 +5,6 @@ import toy_training
 
 
 @pytest.fixture(scope="package", autouse=True)
-def quick_compiles():
-    with toy_training.quick_compiles():
+def quick_compiles(tmp_path_factory):
+    with toy_training.quick_compiles(tmp_path_factory):
         yield

@@ -24,7 +24,7 @@ def saved(run_dir):
 
 def test_it_learns_and_says_so(tmp_path):
     lines = []
-    outcome = toy.run(tmp_path, steps=60, log_every=20, lines=lines)
+    outcome = toy.run(tmp_path, steps=60, log_every=20, report=lines.append)
     assert outcome.finished
     assert outcome.step == 60
     losses = [record["loss"] for record in records(tmp_path)]
@@ -50,7 +50,7 @@ def test_a_complete_run_returns_at_once(finished):
 
     lines = []
     recipe = toy.make_recipe(init=must_not_run, batch_at=must_not_run)
-    outcome = toy.run(finished, recipe, steps=4, lines=lines)
+    outcome = toy.run(finished, recipe, steps=4, report=lines.append)
     assert outcome.finished
     assert outcome.step == 4
     assert lines == [f"{finished}: training is complete (4 steps)"]
@@ -132,7 +132,7 @@ def watched(tmp_path_factory):
     jax.monitoring.register_event_duration_secs_listener(count)
     try:
         run_dir = tmp_path_factory.mktemp("watched")
-        toy.run(run_dir, recipe, steps=12, checkpoint_every=6, lines=lines)
+        toy.run(run_dir, recipe, steps=12, checkpoint_every=6, report=lines.append)
     finally:
         jax.monitoring.unregister_event_duration_listener(count)
     return seen, asked, compiled
@@ -206,7 +206,13 @@ def test_a_loss_that_is_not_finite_keeps_the_last_good_checkpoint(tmp_path, bad_
 
 def test_uneven_rows_are_said(tmp_path):
     lines = []
-    toy.run(tmp_path, mesh=toy.mesh_of(4, 2, 1), steps=3, accumulation=2, lines=lines)
+    toy.run(
+        tmp_path,
+        mesh=toy.mesh_of(4, 2, 1),
+        steps=3,
+        accumulation=2,
+        report=lines.append,
+    )
     assert lines[1].startswith("note: 4 rows at a time")
 
 

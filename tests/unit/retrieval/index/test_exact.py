@@ -1,4 +1,4 @@
-"""Exact search is a sort of all scores, whatever the blocks, the buckets and the ties."""
+"""Exact search is a stable sort of all scores, whatever the blocks and buckets."""
 
 import numpy as np
 import pytest
@@ -136,5 +136,5 @@ def test_ids_must_rise(ids):
 @pytest.mark.parametrize(("shape", "k"), [((2, 3), 0), ((2, 4), 1), ((3,), 1)])
 def test_wrong_shapes_are_refused(shape, k):
     index = ExactIndex.build(np.ones((3, 3)), np.arange(3), metric="squared_l2")
-    with pytest.raises(ValueError, match="k is 0|index wants"):
+    with pytest.raises(ValueError, match=r"k is 0|index wants"):
         index.search(np.ones(shape), k)

@@ -13,9 +13,8 @@ from realm_retro.retrieval.index.exact import ExactIndex
 from realm_retro.retrieval.index.scann import ScannIndex, ScannParameters
 
 BRUTE_FORCE = ScannParameters(num_leaves=0, leaves_to_search=1, reorder=0, tuned_k=5)
-QUANTISED = ScannParameters(num_leaves=0, leaves_to_search=1, reorder=60, tuned_k=5)
-TREE = ScannParameters(num_leaves=20, leaves_to_search=8, reorder=60, tuned_k=5)
-SHAPES = {"brute force": BRUTE_FORCE, "quantised": QUANTISED, "tree": TREE}
+TREE = ScannParameters(num_leaves=20, leaves_to_search=8, reorder=250, tuned_k=5)
+SHAPES = {"brute force": BRUTE_FORCE, "tree": TREE}
 
 
 def clustered(rows, dim=16, seed=0):
@@ -79,7 +78,7 @@ def test_what_a_search_does_not_reach_is_missing(num_queries):
 
 
 @pytest.mark.parametrize("rows", [1, 2, 3])
-@pytest.mark.parametrize("shape", ["brute force", "quantised"])
+@pytest.mark.parametrize("shape", ["brute force"])
 @pytest.mark.parametrize("num_queries", [1, 2])
 def test_tiny_indexes(rows, shape, num_queries):
     vectors = clustered(rows)
@@ -102,7 +101,7 @@ def test_zero_vectors_and_copies(shape):
 
 
 def test_no_queries():
-    index, _ = build(clustered(50), QUANTISED)
+    index, _ = build(clustered(50), BRUTE_FORCE)
     assert index.search(np.zeros((0, 16)), 4).ids.shape == (0, 4)
 
 
@@ -110,8 +109,8 @@ def test_what_is_not_finite_is_named():
     vectors = clustered(20)
     vectors[7, 3] = np.nan
     with pytest.raises(UserError, match="chunk 22"):
-        build(vectors, QUANTISED)
-    index, _ = build(clustered(20), QUANTISED)
+        build(vectors, BRUTE_FORCE)
+    index, _ = build(clustered(20), BRUTE_FORCE)
     with pytest.raises(UserError, match="query 7"):
         index.search(vectors, 2)
 
@@ -125,7 +124,6 @@ def test_effort_grows_with_k():
     assert parameters.effort(25, 5000) == (125, 20)
     assert parameters.effort(4000, 5000) == (5000, 100)
     assert parameters.effort(5000, 5000) == (5000, 100)
-    assert QUANTISED.effort(5, 5000) == (60, -1)
     assert BRUTE_FORCE.effort(5, 5000) == (-1, -1)
 
 
@@ -144,7 +142,7 @@ def save(index, directory):
 @pytest.mark.parametrize("shape", [*SHAPES, "exact"])
 def test_a_saved_index_may_move(tmp_path, shape):
     vectors = clustered(300)
-    index, exact = build(vectors, SHAPES.get(shape, QUANTISED))
+    index, exact = build(vectors, SHAPES.get(shape, BRUTE_FORCE))
     index = exact if shape == "exact" else index
     save(index, tmp_path / "here")
     shutil.move(tmp_path / "here", tmp_path / "there")
@@ -160,11 +158,11 @@ def test_a_saved_index_may_move(tmp_path, shape):
         for k in (3, 40):
             before, after = index.search(queries, k), loaded.search(queries, k)
             np.testing.assert_array_equal(before.ids, after.ids)
-            np.testing.assert_array_equal(before.scores, after.scores)
+            np.testing.assert_allclose(before.scores, after.scores, atol=1e-4)
 
 
 def test_a_file_that_does_not_belong_is_not_read(tmp_path):
-    index, _ = build(clustered(300), QUANTISED)
+    index, _ = build(clustered(300), TREE)
     manifest = save(index, tmp_path / "index")
     # ScaNN would unpickle a file of this name.
     (tmp_path / "index" / "scann" / "scann_docids.pkl").write_bytes(b"boom")
@@ -173,7 +171,7 @@ def test_a_file_that_does_not_belong_is_not_read(tmp_path):
 
 
 def test_damage_and_unknown_backends_are_refused(tmp_path):
-    index, _ = build(clustered(300), QUANTISED)
+    index, _ = build(clustered(300), BRUTE_FORCE)
     manifest = save(index, tmp_path / "index")
     foreign = dataclasses.replace(manifest, meta={**manifest.meta, "backend": "other"})
     with pytest.raises(UserError, match="unknown backend 'other'"):
@@ -187,7 +185,7 @@ def test_damage_and_unknown_backends_are_refused(tmp_path):
 
 
 def test_an_index_of_scann_says_when_scann_does_not_run(tmp_path, monkeypatch):
-    index, _ = build(clustered(50), QUANTISED)
+    index, _ = build(clustered(50), BRUTE_FORCE)
     manifest = save(index, tmp_path / "index")
     broken = tmp_path / "broken" / "scann"
     broken.mkdir(parents=True)

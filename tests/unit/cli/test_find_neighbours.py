@@ -1,0 +1,143 @@
+"""The stage as a user meets it: every chunk, no own document, resumed by shards."""
+
+import ml_collections
+import numpy as np
+import pytest
+import tiny_workdir
+
+from realm_retro.cli import build_index, find_neighbours
+from realm_retro.data.chunk_store import VALIDATION, ChunkStore
+from realm_retro.errors import UserError
+from realm_retro.retrieval.neighbours import Filter, NeighbourTable
+
+K = 3
+
+
+@pytest.fixture(scope="module")
+def chunks(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("chunks")
+    tiny_workdir.write_chunks(directory, documents=40)
+    return directory
+
+
+@pytest.fixture
+def workdir(tmp_path, chunks):
+    workdir = tiny_workdir.link(chunks, tmp_path)
+    tiny_workdir.write_embeddings(workdir)
+    return workdir
+
+
+def config_of(**settings):
+    settings = {"k": K, "margin": 1, "batch_size": 32, "shard_size": 50} | settings
+    index = {"backend": "exact"}
+    return ml_collections.ConfigDict({"index": index, "neighbours": settings})
+
+
+def run(workdir, **settings):
+    config = config_of(**settings)
+    build_index.main(config, workdir)
+    find_neighbours.main(config, workdir)
+    return NeighbourTable.open(workdir / "neighbours")
+
+
+def test_every_chunk_has_the_best_of_other_documents(workdir, capsys):
+    table = run(workdir)
+    store = ChunkStore.open(workdir / "chunks")
+    vectors = tiny_workdir.clustered(len(store)).astype(np.float32)
+    document = store.document[:]
+    distances = np.square(vectors[:, None] - vectors[None]).sum(-1)
+    distances[document[:, None] == document[None]] = np.inf
+    distances[:, store.chunks_of(VALIDATION)] = np.inf
+    best = np.argsort(distances, axis=1, kind="stable")[:, :K]
+    assert table.ids.shape == (len(store), K)
+    np.testing.assert_array_equal(table.ids[:], best)
+    want = -np.take_along_axis(distances, best, axis=1)
+    np.testing.assert_allclose(table.scores[:], want, atol=1e-4)
+    meta = table.manifest.meta
+    assert (meta["rows"], meta["k"], meta["short"]) == (len(store), K, 0)
+    assert meta["found"] == len(store) * K
+    assert meta["average_score"] == pytest.approx(want.mean(), abs=1e-4)
+    assert meta["num_shards"] == -(-len(store) // 50) > 1
+    assert meta["seconds"] > 0
+    said = capsys.readouterr().out
+    assert f"neighbours: {len(store) * K:,} of {len(store):,} chunks" in said
+    assert "fewer than" not in said
+
+
+def test_the_table_knows_what_it_comes_from(workdir):
+    table = run(workdir)
+    store = ChunkStore.open(workdir / "chunks")
+    parents = table.manifest.parents
+    assert parents["chunks"] == store.fingerprint
+    assert set(parents) == {"chunks", "embeddings", "index"}
+
+
+def test_a_single_document_is_all_missing_and_counted(tmp_path, capsys):
+    workdir = tiny_workdir.link(tmp_path / "store", tmp_path)
+    tiny_workdir.write_chunks(tmp_path / "store", documents=1, validation_fraction=0)
+    tiny_workdir.write_embeddings(workdir)
+    table = run(workdir)
+    assert (table.ids[:] == -1).all()
+    assert np.isneginf(table.scores[:]).all()
+    assert table.manifest.meta["short"] == len(table.ids)
+    assert table.manifest.meta["found"] == 0
+    said = capsys.readouterr().out
+    assert f"{len(table.ids):,} chunks have fewer than {K}" in said
+
+
+def test_a_killed_run_goes_on_where_it_was(workdir, monkeypatch, capsys):
+    config = config_of()
+    build_index.main(config, workdir)
+    searched = []
+    find = Filter.find
+
+    def until_killed(self, queries, *args, **kwargs):
+        searched.append(len(queries))
+        if sum(searched) > 70:
+            raise KeyboardInterrupt
+        return find(self, queries, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Filter, "find", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            find_neighbours.main(config, workdir)
+    with pytest.raises(UserError, match=r"unfinished; run: .*find_neighbours"):
+        NeighbourTable.open(workdir / "neighbours")
+    searched.clear()
+
+    def counted(self, queries, *args, **kwargs):
+        searched.append(len(queries))
+        return find(self, queries, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Filter, "find", counted)
+        find_neighbours.main(config, workdir)
+    resumed = NeighbourTable.open(workdir / "neighbours")
+    rows = len(resumed.ids)
+    # The first shard of 50 was done.
+    assert sum(searched) == rows - 50
+    assert resumed.manifest.meta["rows"] == rows
+    (workdir / "neighbours").rmtree()
+    assert run(workdir).fingerprint == resumed.fingerprint
+    (workdir / "neighbours").rmtree()
+    # How rows are batched may change the rounding of a score, but nothing else.
+    np.testing.assert_array_equal(run(workdir, batch_size=999).ids[:], resumed.ids[:])
+    capsys.readouterr()
+    find_neighbours.main(config, workdir)
+    assert "finished already" in capsys.readouterr().out
+
+
+def test_an_index_of_other_embeddings_is_refused(workdir):
+    build_index.main(config_of(), workdir)
+    (workdir / "embeddings").rmtree()
+    count = len(ChunkStore.open(workdir / "chunks"))
+    tiny_workdir.write_embeddings(
+        workdir, vectors=tiny_workdir.clustered(count, seed=1)
+    )
+    with pytest.raises(UserError, match="was made from embeddings"):
+        find_neighbours.main(config_of(), workdir)
+
+
+def test_a_missing_index_names_the_command(workdir):
+    with pytest.raises(UserError, match=r"index missing; run: .*build_index"):
+        find_neighbours.main(config_of(), workdir)
