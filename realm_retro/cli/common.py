@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import logging as standard_logging
 import os
 import sys
 from collections.abc import Callable
@@ -67,9 +66,6 @@ def run(main: Main, *, name: str) -> None:
                 raise
             _die(name, f"{error.filename or WORKDIR.value}: {remedy}", 2)
 
-    logging.set_verbosity(logging.INFO)
-    # At INFO it tells of each kind of accelerator that this machine does not have.
-    standard_logging.getLogger("jax").setLevel(standard_logging.WARNING)
     host_memory.reuse_freed_blocks()
     app.run(guarded)
 

@@ -97,7 +97,7 @@ def sliding_windows(
 
 
 def _pack(pieces: list[tuple[int, int, int]], length: int) -> Windows:
-    """First-fit, longest pieces first."""
+    """Best-fit, longest pieces first."""
     open_windows: dict[int, list[int]] = {}  # free places → windows
     placed: list[list[tuple[int, int, int]]] = []
     for piece in sorted(pieces, key=lambda p: -p[1]):

@@ -36,7 +36,8 @@ class EvaluateConfig:
       batch_size: windows at a time.
       window_chunks: chunks of a window; 0 takes that of training.
       stride_chunks: chunks between windows; less costs more and gives each token
-        more context. At most half a window keeps retrieval for every counted token.
+        more context. Less than a window, so that each counted token has one before
+        it.
       neighbours: the sweep of ON; 0 is OFF, which is always measured.
       max_documents: evaluate only so many, evenly spread; 0 is all of them.
     """

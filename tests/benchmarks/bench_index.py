@@ -34,7 +34,7 @@ from realm_retro.retrieval.index.scann import ScannIndex
 
 K = 10
 BATCHES = (1, 256)
-MARGIN = 0.002  # tune a little above the target, so that the other half passes
+MARGIN = 0.004  # tune a little above the target, so that the other half passes
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -88,10 +88,10 @@ def faiss_ivf(vectors: np.ndarray, threads: int) -> Iterator[Ladder]:
     """IVF, 4-bit product quantisation with fast scan, refined with full vectors."""
     import faiss
 
-    faiss.omp_set_num_threads(threads)
     lists = round(np.sqrt(len(vectors)))
     for parts in (vectors.shape[1] // 2, vectors.shape[1] // 4):
         shape = f"IVF{lists},PQ{parts}x4fs,RFlat"
+        faiss.omp_set_num_threads(threads)
         start = time.perf_counter()
         index = faiss.index_factory(vectors.shape[1], shape)
         index.train(vectors)
@@ -108,6 +108,8 @@ def faiss_ivf(vectors: np.ndarray, threads: int) -> Iterator[Ladder]:
             seconds: float = seconds,
         ) -> Searcher:
             def search(queries: np.ndarray) -> np.ndarray:
+                # One thread for one query: more only wait for each other.
+                faiss.omp_set_num_threads(1 if len(queries) == 1 else threads)
                 inner.nprobe, index.k_factor = probes, factor
                 return index.search(queries, K)[1]
 
