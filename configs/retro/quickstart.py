@@ -53,30 +53,30 @@ def get_config(which: str = "retro") -> ml_collections.ConfigDict:
             "chunk_length": 64,
             "num_layers": 4,
             "model_dim": 128,
-            "num_heads": 4,
-            "head_dim": 32,
+            "num_heads": 2,
+            "head_dim": 64,
             "ffw_dim": 512,
             "cca_layers": (2, 4),
             "encoder_layers": 1,
-            "encoder_dim": 96,
-            "encoder_num_heads": 3,
-            "encoder_head_dim": 32,
-            "encoder_ffw_dim": 384,
+            "encoder_dim": 64,
+            "encoder_num_heads": 1,
+            "encoder_head_dim": 64,
+            "encoder_ffw_dim": 256,
             "encoder_ca_layers": (1,),
             "compute_dtype": "float32",
         }
     )
     config.optimizer = ml_collections.ConfigDict(
-        {"peak_learning_rate": 4e-3, "warmup_steps": 50}
+        {"peak_learning_rate": 4e-3, "warmup_steps": 20}
     )
     config.train = ml_collections.ConfigDict(
         {
-            "steps": 500,
+            "steps": 150,
             "batch_size": 16,
             "sequence_chunks": 4,
             "neighbours": 2,
-            "log_every": 20,
-            "checkpoint_every": 100,
+            "log_every": 10,
+            "checkpoint_every": 50,
         }
     )
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

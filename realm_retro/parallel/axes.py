@@ -128,7 +128,7 @@ def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
 
     tree = jax.tree_util.tree_map_with_path(one, boxed, is_leaf=_is_box)
     if whole:
-        logging.info(
+        logging.warning(
             "%d weights stay whole along a mesh axis that does not divide them: %s%s",
             len(whole),
             ", ".join(whole[:3]),
