@@ -59,8 +59,8 @@ Ladder = list[Searcher]
 
 
 def rising(start: int) -> list[int]:
-    """Efforts to try, each a seventh more than the last."""
-    return sorted({round(start * 1.15**i) for i in range(20)})
+    """Efforts to try, each about a fifteenth more than the last."""
+    return sorted({round(start * 1.07**i) for i in range(40)})
 
 
 def ours(vectors: np.ndarray, threads: int) -> Iterator[Ladder]:
@@ -80,7 +80,7 @@ def ours(vectors: np.ndarray, threads: int) -> Iterator[Ladder]:
         setting = f"{shape.num_leaves} leaves, search {leaves}, reorder {reorder}"
         return Searcher("ours", setting, lambda q: tuned.search(q, K).ids, seconds)
 
-    for reorder in (30, 40, 60, 100):
+    for reorder in (60, 80, 100, 150):
         yield [searcher(leaves, reorder) for leaves in rising(8)]
 
 
@@ -181,7 +181,7 @@ def cheapest(
         raise SystemExit(f"no setting reaches recall@{K} {target}")
     best = {}
     for batch in BATCHES:
-        few = queries[: 2 * batch + 100]
+        few = queries[: 2 * batch + 300]
         times = paired.seconds(
             {
                 str(i): functools.partial(in_batches, searcher, few, batch)

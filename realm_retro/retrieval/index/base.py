@@ -42,10 +42,9 @@ class SearchResult:
     def only(self, keep: HostArray, k: int) -> SearchResult:
         """The first k of each row among those that ``keep`` (bool, like ids) marks.
 
-        Missing ones are never kept; where fewer than k are left, −1 and −inf follow.
+        Where fewer than k are left, −1 and −inf follow.
         """
         result = SearchResult.missing(len(self.ids), k)
-        keep = keep & (self.ids != MISSING_ID)
         place = np.cumsum(keep, axis=1) - 1
         row, column = np.nonzero(keep & (place < k))
         result.ids[row, place[row, column]] = self.ids[row, column]

@@ -31,14 +31,14 @@ from realm_retro.retrieval.index.probe import scann_problem
 from realm_retro.typing import HostArray, JsonDict
 
 # Found best at 40,000 sentence embeddings of width 384.
-DIMS_PER_BLOCK = 2
+DIMS_PER_BLOCK = 3
 SOAR_LAMBDA = 1.5
 SCALE = 0.7  # c, in root mean square lengths of the vectors
 MIN_LEAF_SIZE = 10
 TRAINING_SAMPLE = 100_000
 
-# ScaNN hands a batch to its threads in pieces: small enough to keep them all busy,
-# large enough to share the work of one piece.
+# ScaNN hands a batch to its threads in pieces: one each, but not so large that what the
+# queries of a piece share leaves the cache.
 _MAX_PIECE = 128
 
 _FOLDER = "scann"
@@ -242,7 +242,7 @@ class ScannIndex:
             queries = extended
         reorder, leaves = self.parameters.effort(k, self.size)
         if len(queries) > 1:
-            share = math.ceil(len(queries) / (2 * (os.cpu_count() or 1)))
+            share = math.ceil(len(queries) / (os.cpu_count() or 1))
             return self.searcher.search_batched_parallel(
                 queries, k, reorder, leaves, batch_size=min(share, _MAX_PIECE)
             )

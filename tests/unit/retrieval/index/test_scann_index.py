@@ -53,7 +53,8 @@ def test_it_finds_what_exact_search_finds(shape, metric, num_queries):
 @pytest.mark.parametrize("num_queries", [1, 3])
 def test_a_search_for_everything_finds_everything(shape, num_queries):
     vectors = clustered(400)
-    index, exact = build(vectors, SHAPES[shape])
+    little = dataclasses.replace(SHAPES[shape], leaves_to_search=1, tuned_k=400)
+    index, exact = build(vectors, little)
     for k in (400, 450):
         found = index.search(vectors[:num_queries], k)
         truth = exact.search(vectors[:num_queries], k)
@@ -98,6 +99,13 @@ def test_zero_vectors_and_copies(shape):
     assert (found.ids[0] < 200 * 3 + 1).all()
     assert (found.ids[1] >= 200 * 3 + 1).all()
     np.testing.assert_allclose(found.scores, 0, atol=1e-5)
+
+
+def test_all_vectors_zero():
+    index, _ = build(np.zeros((3, 8)), BRUTE_FORCE)
+    found = index.search(np.ones((1, 8)), 3)
+    np.testing.assert_array_equal(np.sort(found.ids), [[1, 4, 7]])
+    np.testing.assert_array_equal(found.scores, [[-8, -8, -8]])
 
 
 def test_no_queries():
