@@ -54,6 +54,8 @@ def run(main: Main, *, name: str) -> None:
     def guarded(argv: list[str]) -> None:
         if len(argv) > 1:
             _die(name, f"{argv[1]!r} is not a flag; flags start with --", 2)
+        if not flags.FLAGS["verbosity"].present:
+            logging.set_verbosity(logging.WARNING)  # libraries tell much at INFO
         try:
             main(CONFIG.value, epath.Path(WORKDIR.value or "."))
         except UserError as error:

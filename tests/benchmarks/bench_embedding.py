@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import paired
 
+from realm_retro import host_memory
 from realm_retro.cli import encoders
 from realm_retro.interop.bert import find_minilm
 from realm_retro.retrieval import embed
@@ -107,6 +108,7 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """Measures, prints a table, writes JSON."""
     arguments = parse_arguments()
+    host_memory.reuse_freed_blocks()  # as every command does
     config = encoders.EncoderConfig(max_tokens=max(LENGTHS))
     embedder = encoders.build_embedder(config, batch_tokens=arguments.batch_tokens)
     loads = workloads(embedder, arguments.tokens)
