@@ -7,7 +7,7 @@ Command:  for each of prepare, embed, build_index, find_neighbours, train, evalu
                 --config.corpus.path=articles.jsonl --workdir=W
           then train and evaluate with --config=configs/retro/wiki.py:plain, and
             python tests/benchmarks/ngram.py --workdir=W --order=5
-Cost and result: see docs/results/wiki.md.
+Cost and result: not measured yet.
 """
 
 import ml_collections

@@ -88,7 +88,13 @@ def ours(*, retrieves: bool) -> Callable[[], object]:
 
 def retro_pytorch(*, retrieves: bool) -> Callable[[], object]:
     """One call is one step of the peer."""
+    import autofaiss
     import torch
+
+    # The peer imports this for its own index, which is not measured; the autofaiss that
+    # installs beside numpy 2 has it no more.
+    if not hasattr(autofaiss, "build_index"):
+        autofaiss.build_index = None
     from retro_pytorch import RETRO
 
     torch.manual_seed(0)
@@ -111,7 +117,8 @@ def retro_pytorch(*, retrieves: bool) -> Callable[[], object]:
 
     def one() -> None:
         optimizer.zero_grad()
-        model(tokens, retrieved, return_loss=True).backward()
+        # Without retrieval it returns the loss of each token.
+        model(tokens, retrieved, return_loss=True).mean().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
 
