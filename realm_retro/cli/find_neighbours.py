@@ -153,7 +153,7 @@ def _commit(
         }
     )
     common.say(
-        f"neighbours: {found:,} found for {rows:,} chunks, average score {average:.4f},"
+        f"neighbours: {found:,} of {rows:,} chunks, average score {average:.4f},"
         f" {seconds:.1f} s ({rows / max(seconds, 1e-9):,.0f} chunks/s)"
     )
     if short:
