@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from realm_retro.nn.layers import Projection
 from realm_retro.typing import Array, Bool, Float, Int
 
-# Finite, so that a row without any key gives zeros and not NaN (see `masked_softmax`).
+# Finite, so that a row without any key gives zeros and not NaN (see `softmax_terms`).
 _MASKED = -1e30
 
 
@@ -34,6 +34,18 @@ class KeyValues(NamedTuple):
 
     keys: Array
     values: Array
+
+
+class Queries(NamedTuple):
+    """What asks, ``[batch…, queries, heads, head_dim]`` each, scaled.
+
+    Attributes:
+      content: (q + u) / √head_size, for the keys.
+      position: (q + v) / √head_size, for W s(d).
+    """
+
+    content: Array
+    position: Array
 
 
 def distance_features(distances: Int[Array, " n"], width: int) -> Float[Array, "n w"]:
@@ -77,18 +89,84 @@ def skew(by_distance: Array, num_keys: int) -> Array:
     return flat.reshape(*batch, queries, distances - 1)[..., :num_keys]
 
 
-def masked_softmax(
+def softmax_terms(
     logits: Float[Array, "*axes keys"], mask: Bool[Array, "*axes keys"]
-) -> Float[Array, "*axes keys"]:
-    """Softmax in float32 over the keys that `mask` allows; a row of none is all zeros.
+) -> tuple[Float[Array, "*axes keys"], Float[Array, "*axes 1"]]:
+    """The softmax over the keys that `mask` allows, as weights and what divides them.
 
-    Values and gradients are finite for every mask (traps: −inf rows, where-gradients).
+    In float32. A row without any key gets an infinite divisor, that is zeros. Values
+    and gradients are finite for every mask (traps: −inf rows, where-gradients).
     """
     logits = jnp.where(mask, logits.astype(jnp.float32), _MASKED)
     top = jax.lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
-    weights = jnp.where(mask, jnp.exp(logits - top), 0.0)
+    weights = jnp.exp(logits - top)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    return weights / jnp.where(total > 0, total, 1.0)
+    return weights, jnp.where(jnp.any(mask, axis=-1, keepdims=True), total, jnp.inf)
+
+
+def attend(
+    queries: Queries,
+    source: KeyValues,
+    relative: Float[Array, "distances heads head_dim"],
+    mask: Bool[Array, "*b queries keys"],
+    *,
+    repeats: int = 1,
+) -> Float[Array, "*b queries heads head_dim"]:
+    """What each query reads; exactly zero for a query that may see nothing.
+
+    Heads come before positions throughout, which makes every product one over
+    contiguous matrices, and values are divided by the softmax's sum after they are
+    added up, which spares a pass over the weights.
+
+    Args:
+      queries: see `Queries`.
+      source: what is attended to.
+      relative: W s(d), in the order that `skew` wants.
+      mask: True where a query may see a key.
+      repeats: the keys are this many runs whose positions each start anew; the softmax
+        is joint over all of them.
+    """
+    content, position, keys, values, relative = (
+        jnp.swapaxes(x, -2, -3) for x in (*queries, *source, relative)
+    )
+    logits = skew(
+        jnp.einsum("...hqd,...hld->...hql", position, relative),
+        keys.shape[-2] // repeats,
+    )
+    if repeats > 1:
+        logits = jnp.concatenate([logits] * repeats, axis=-1)
+    logits = logits + jnp.einsum("...hqd,...hkd->...hqk", content, keys)
+    weights, total = softmax_terms(logits, jnp.expand_dims(mask, -3))
+    y = jnp.einsum("...hqk,...hkd->...hqd", weights.astype(values.dtype), values)
+    return jnp.swapaxes((y / total).astype(values.dtype), -2, -3)
+
+
+def attend_causally(
+    queries: Queries,
+    source: KeyValues,
+    relative: Float[Array, "distances heads head_dim"],
+    mask: Bool[Array, "*b n n"],
+) -> Float[Array, "*b n heads head_dim"]:
+    """`attend` where no query sees a later key: keys that none can see are left out.
+
+    The queries are cut into up to four runs, each with the keys up to its own end,
+    which is 5/8 of the work.
+    """
+    n = mask.shape[-1]
+    size = n // next(parts for parts in (4, 2, 1) if n % parts == 0)
+    runs = []
+    for end in range(size, n + 1, size):
+        asking = slice(end - size, end)
+        runs.append(
+            attend(
+                Queries(*(x[..., asking, :, :] for x in queries)),
+                KeyValues(*(x[..., :end, :, :] for x in source)),
+                # Row c is the distance n − 1 − c; a run starts at end − 1.
+                relative[n - end : n + 1],
+                mask[..., asking, :end],
+            )
+        )
+    return jnp.concatenate(runs, axis=-3)
 
 
 class RelativeAttention(nn.Module):
@@ -144,6 +222,7 @@ class RelativeAttention(nn.Module):
         mask: Bool[Array, "*b queries keys"],
         relative: Float[Array, "distances heads head_dim"],
         repeats: int = 1,
+        causal: bool = False,
     ) -> Float[Array, "*b queries width"]:
         """Attends from `x` to the projected `source`.
 
@@ -154,26 +233,23 @@ class RelativeAttention(nn.Module):
           relative: `relative_keys` for these queries and keys.
           repeats: the keys are this many runs (neighbours) whose positions each start
             anew; the softmax is joint over all of them.
+          causal: promises that `mask` hides every later key from a query, so that
+            they need not be scored.
 
         Returns:
           The output projection of the attended values: exactly zero for a query that
           may see nothing.
         """
+        scale = self.head_dim**-0.5
         query = self.query(x)
-        num_keys = source.keys.shape[-3]
-        content = jnp.einsum(
-            "...qhd,...khd->...hqk", _add(query, self.content_bias), source.keys
+        queries = Queries(
+            _add(query, self.content_bias) * scale,
+            _add(query, self.position_bias) * scale,
         )
-        position = jnp.einsum(
-            "...qhd,lhd->...hql", _add(query, self.position_bias), relative
-        )
-        position = skew(position, num_keys // repeats)
-        if repeats > 1:
-            position = jnp.concatenate([position] * repeats, axis=-1)
-        logits = (content + position) * self.head_dim**-0.5
-        weights = masked_softmax(logits, jnp.expand_dims(mask, -3))
-        values = source.values
-        y = jnp.einsum("...hqk,...khd->...qhd", weights.astype(self.dtype), values)
+        if causal:
+            y = attend_causally(queries, source, relative, mask)
+        else:
+            y = attend(queries, source, relative, mask, repeats=repeats)
         return self.output(y)
 
 

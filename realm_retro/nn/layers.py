@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import cast
 
@@ -26,6 +28,47 @@ def parameter(
     boxed = nn.with_logical_partitioning(init, tuple(axes))
     # Flax's types say that this is a box; at run time it is the array inside.
     return cast(Array, module.param(name, boxed, tuple(shape), jnp.float32))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def linear(x: Array, weight: Array, contract: int = 1) -> Array:
+    """``[…, *inputs] × [*inputs, *features] → […, *features]``.
+
+    In the weight's gradient, the first factor is copied transposed, and XLA on CPU
+    fuses into that copy whatever made the factor, element by element across memory.
+    So the narrower one comes first, which JAX's own rule leaves to chance.
+
+    Args:
+      x: activations.
+      weight: the map.
+      contract: how many axes `inputs` are.
+    """
+    return jax.lax.dot_general(x, weight, _trailing_with_leading(x, contract))
+
+
+def _linear_forward(x: Array, weight: Array, contract: int):
+    return linear(x, weight, contract), (x, weight)
+
+
+def _linear_backward(contract: int, saved: tuple[Array, Array], dy: Array):
+    x, weight = saved
+    rows = tuple(range(x.ndim - contract))
+    features = tuple(range(contract, weight.ndim))
+    outputs = tuple(range(len(rows), dy.ndim))
+    dx = jax.lax.dot_general(dy, weight, ((outputs, features), ((), ())))
+    over_rows = ((rows, rows), ((), ()))
+    if math.prod(weight.shape[:contract]) <= math.prod(weight.shape[contract:]):
+        return dx, jax.lax.dot_general(x, dy, over_rows)
+    transposed = jax.lax.dot_general(dy, x, over_rows)
+    return dx, jnp.moveaxis(transposed, range(-contract, 0), range(contract))
+
+
+def _trailing_with_leading(x: Array, count: int):
+    trailing = tuple(range(x.ndim - count, x.ndim))
+    return ((trailing, tuple(range(count))), ((), ()))
+
+
+linear.defvjp(_linear_forward, _linear_backward)
 
 
 class RMSNorm(nn.Module):
@@ -100,12 +143,7 @@ class Projection(nn.Module):
         init = nn.initializers.normal(self.scale * fan_in**-0.5)
         shape = (*inputs, *self.features)
         weight = parameter(self, "kernel", init, self.axes, shape)
-        contracted = tuple(range(x.ndim - self.contract, x.ndim))
-        y = jax.lax.dot_general(
-            x.astype(self.dtype),
-            weight.astype(self.dtype),
-            ((contracted, tuple(range(self.contract))), ((), ())),
-        )
+        y = linear(x.astype(self.dtype), weight.astype(self.dtype), self.contract)
         if self.bias:
             names = self.axes[self.contract :]
             bias = parameter(self, "bias", nn.initializers.zeros, names, self.features)
@@ -163,7 +201,7 @@ class TokenEmbedding(nn.Module):
 
     def logits(self, x: Float[Array, "*axes width"]) -> Float[Array, "*axes vocab"]:
         """Scores every token, in `dtype`."""
-        return jnp.einsum("...d,vd->...v", x, self.table.astype(self.dtype))
+        return linear(x, self.table.astype(self.dtype).T)
 
 
 def _like(values: Array, x: Array) -> Array:

@@ -73,7 +73,8 @@ class SelfAttention(nn.Module):
             mask = context.mask
         else:
             source, relative, mask = self._past(attention, source, context.position)
-        y = attention(x, source, mask=mask, relative=relative)
+        whole = context.position is None
+        y = attention(x, source, mask=mask, relative=relative, causal=whole)
         return axes.constrain(h + y, _ACTIVATIONS)
 
     def _past(self, attention: RelativeAttention, new: KeyValues, position: Array):

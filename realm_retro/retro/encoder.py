@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import flax.linen as nn
 import jax.numpy as jnp
 
@@ -38,9 +40,15 @@ class EncoderLayer(nn.Module):
         """
         config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
         r, m = x.shape[-2], chunk.shape[-2]
-        shape = (config.encoder_num_heads, config.encoder_head_dim, config.encoder_dim)
+        attend = functools.partial(
+            RelativeAttention,
+            num_heads=config.encoder_num_heads,
+            head_dim=config.encoder_head_dim,
+            width=config.encoder_dim,
+            dtype=dtype,
+        )
 
-        attention = RelativeAttention(*shape, dtype, name="attention")
+        attention = attend(name="attention")
         y = RMSNorm(dtype, name="attention_norm")(x)
         x += attention(
             y,
@@ -50,11 +58,11 @@ class EncoderLayer(nn.Module):
         )
         if self.conditioned:
             # Distance i' − i of neighbour token i' to chunk token i (equation 7).
-            cross = RelativeAttention(*shape, dtype, name="cross")
+            cross = attend(name="cross")
             x += cross(
                 RMSNorm(dtype, name="cross_norm")(x),
                 cross.keys_values(chunk),
-                mask=jnp.ones((1, 1, 1, m), bool),
+                mask=jnp.ones((x.shape[0], 1, 1, m), bool),
                 relative=cross.relative_keys(r, r + m, offset=0),
             )
         y = RMSNorm(dtype, name="ffw_norm")(x)

@@ -227,8 +227,8 @@ class Retro(nn.Module):
 
 
 def _visible(tokens: Array, segments: Array | None) -> Bool[Array, "batch n n"]:
-    n = tokens.shape[1]
-    causal = jnp.tril(jnp.ones((n, n), bool))[None]
+    batch, n = tokens.shape
+    causal = jnp.broadcast_to(jnp.tril(jnp.ones((n, n), bool)), (batch, n, n))
     if segments is None:
         return causal
     return causal & (segments[:, :, None] == segments[:, None, :])
