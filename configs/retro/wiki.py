@@ -58,7 +58,7 @@ def get_config(which: str = "retro") -> ml_collections.ConfigDict:
             },
             "optimizer": {"peak_learning_rate": 3e-3, "warmup_steps": 100},
             "train": {
-                "steps": 4000,
+                "steps": 3000,
                 "batch_size": 8,
                 "sequence_chunks": 4,
                 "neighbours": 2,
