@@ -30,7 +30,6 @@ def parameter(
     return cast(Array, module.param(name, boxed, tuple(shape), jnp.float32))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def linear(x: Array, weight: Array, contract: int = 1) -> Array:
     """``[…, *inputs] × [*inputs, *features] → […, *features]``.
 
@@ -43,11 +42,18 @@ def linear(x: Array, weight: Array, contract: int = 1) -> Array:
       weight: the map.
       contract: how many axes `inputs` are.
     """
-    return jax.lax.dot_general(x, weight, _trailing_with_leading(x, contract))
+    return cast(Array, _linear(x, weight, contract))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x: Array, weight: Array, contract: int) -> Array:
+    trailing = tuple(range(x.ndim - contract, x.ndim))
+    over = ((trailing, tuple(range(contract))), ((), ()))
+    return jax.lax.dot_general(x, weight, over)
 
 
 def _linear_forward(x: Array, weight: Array, contract: int):
-    return linear(x, weight, contract), (x, weight)
+    return _linear(x, weight, contract), (x, weight)
 
 
 def _linear_backward(contract: int, saved: tuple[Array, Array], dy: Array):
@@ -63,12 +69,7 @@ def _linear_backward(contract: int, saved: tuple[Array, Array], dy: Array):
     return dx, jnp.moveaxis(transposed, range(-contract, 0), range(contract))
 
 
-def _trailing_with_leading(x: Array, count: int):
-    trailing = tuple(range(x.ndim - count, x.ndim))
-    return ((trailing, tuple(range(count))), ((), ()))
-
-
-linear.defvjp(_linear_forward, _linear_backward)
+_linear.defvjp(_linear_forward, _linear_backward)
 
 
 class RMSNorm(nn.Module):

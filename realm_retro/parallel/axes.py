@@ -47,6 +47,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "chunks": (),
     "neighbours": (),
     "retrieved": (),
+    # Rows of an index or a corpus that lies on the devices: over all of them.
+    "rows": ("data", "fsdp", "tensor"),
 }
 
 

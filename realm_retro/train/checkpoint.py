@@ -120,6 +120,11 @@ class Checkpoints:
             )
         return found["params"]
 
+    def parts(self, step: int) -> tuple[str, ...]:
+        """Names of the first level of the weights."""
+        with self._reading(step):
+            return tuple(self._manager.item_metadata(step)["params"].tree)
+
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
         try:
@@ -177,6 +182,15 @@ def restore_params(
             raise UserError(f"{directory}: there is {which}; {again}")
         abstract = states.abstract_params(init, mesh)
         return checkpoints.restore_params(step, abstract), step
+
+
+def parts(run_dir: epath.PathLike) -> tuple[str, ...]:
+    """Names of the first level of a run's weights; none without a checkpoint."""
+    if not (epath.Path(run_dir) / FOLDER).exists():
+        return ()
+    with Checkpoints(run_dir) as checkpoints:
+        step = checkpoints.latest()
+        return () if step is None else checkpoints.parts(step)
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

@@ -5,10 +5,8 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import itertools
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,26 +15,25 @@ from jax.sharding import Mesh
 
 from realm_retro.artifacts import Stage
 from realm_retro.errors import UserError
-from realm_retro.parallel import axes, hosts
+from realm_retro.parallel import hosts
 from realm_retro.train import optim
 from realm_retro.train import state as states
 from realm_retro.train.checkpoint import Checkpoints
 from realm_retro.train.config import TrainConfig
+from realm_retro.train.feed import Feed, open_feed
 from realm_retro.train.metrics import Meter, MetricsLog, format_line
 from realm_retro.train.optim import Optimizer, OptimizerConfig
 from realm_retro.train.recipe import LoopState, Recipe
 from realm_retro.train.state import TrainState
 from realm_retro.train.step import StepFn, make_train_step
-from realm_retro.typing import Batch, JsonDict
+from realm_retro.typing import JsonDict
 
 KIND = "run"
 FORMAT_VERSION = 1
 MADE_BY = "realm_retro.cli.train"
 
-# How many steps are dispatched beyond the one whose metrics are fetched, and how many
-# batches lie ready beyond the one being used.
+# How many steps are dispatched beyond the one whose metrics are fetched.
 _DISPATCHED = 2
-_PREFETCHED = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,33 +98,35 @@ def train(
     _note_uneven(config, mesh, report)
     with _forgiving(stage), Checkpoints(stage.directory, keep=config.keep) as saved:
         rule, abstract = plan(recipe, config, optimizer, mesh)
-        done = saved.latest() or 0
+        done, carried = saved.latest() or 0, None
         if done:
             state, meta = saved.restore(done, abstract)
             started -= meta["seconds"]
+            carried = meta.get("carried")
             report(f"{stage.directory}: going on from step {done}")
         else:
             state = states.init_state(recipe.init, rule, abstract, seed)
+            if recipe.weights:
+                state = states.with_weights(state, recipe.weights(), abstract)
 
-        def save(step: int, state: TrainState) -> None:
+        def save(step: int, state: TrainState, carried: JsonDict) -> None:
             if hosts.is_main():
                 stage.note("saving", {"step": step})  # see _forgiving
-            saved.save(step, state, {"seconds": time.perf_counter() - started})
+            seconds = time.perf_counter() - started
+            saved.save(step, state, {"seconds": seconds, "carried": carried})
 
         step_fn = make_train_step(
             recipe, rule, abstract, mesh, seed=seed, accumulation=config.accumulation
         )
-        with _records(stage.directory, done, config.steps, report) as record:
+        with (
+            _records(stage.directory, done, config.steps, report) as record,
+            open_feed(recipe, mesh, done, config.steps, carried) as feed,
+        ):
+            meter = Meter(
+                recipe, mesh, every=config.log_every, steps=config.steps, report=record
+            )
             done = _loop(
-                recipe,
-                config,
-                mesh,
-                stage.directory,
-                step_fn,
-                state,
-                done,
-                save,
-                record,
+                recipe, config, stage.directory, step_fn, state, done, save, meter, feed
             )
     outcome = Outcome(done == config.steps, done, time.perf_counter() - started)
     if outcome.finished and hosts.is_main():
@@ -138,24 +137,19 @@ def train(
 def _loop(
     recipe: Recipe,
     config: TrainConfig,
-    mesh: Mesh,
     run_dir: epath.Path,
     step_fn: StepFn,
     state: TrainState,
     done: int,
-    save: Callable[[int, TrainState], None],
-    record: Callable[[JsonDict], None],
+    save: Callable[[int, TrainState, JsonDict], None],
+    meter: Meter,
+    feed: Feed,
 ) -> int:
     """Takes the steps after `done` and returns the last one that was saved."""
-    meter = Meter(
-        recipe, mesh, every=config.log_every, steps=config.steps, report=record
-    )
     dispatched = collections.deque()
-    with (
-        hosts.preemption() as asked_to_stop,
-        contextlib.closing(_batches(recipe, mesh, done, config.steps)) as batches,
-    ):
-        for step, batch in enumerate(batches, done + 1):
+    with hosts.preemption() as asked_to_stop:
+        for step in range(done + 1, config.steps + 1):
+            batch = feed.take(step - 1, state.params)
             # 1. Dispatch. The call returns before the device has done anything, and
             #    the old state's memory is given away with it. (The first one compiles.)
             with jax.transfer_guard("disallow"):
@@ -177,7 +171,7 @@ def _loop(
             if stopping or step == config.steps or step % config.checkpoint_every == 0:
                 while dispatched:
                     meter.add(*dispatched.popleft())
-                save(step, state)
+                save(step, state, feed.carry())
                 done = step
             if stopping:
                 break
@@ -232,36 +226,6 @@ def plan(
         decayed=optim.decay_mask(boxed),
     )
     return rule, states.abstract_state(params, rule)
-
-
-def _batches(
-    recipe: Recipe, mesh: Mesh, start: int, stop: int
-) -> Generator[Batch, None, None]:
-    """Batches of steps start…stop−1 on the devices, built ahead in a thread."""
-
-    def place(step: int) -> Batch:
-        batch = recipe.batch_at(step)
-        if batch.keys() != recipe.batch_spec.keys():
-            raise ValueError(f"batch {set(batch)} is not {set(recipe.batch_spec)}")
-        return {
-            name: hosts.to_global(
-                x, axes.sharding(recipe.batch_spec[name], x.shape, mesh)
-            )
-            for name, x in batch.items()
-        }
-
-    steps = iter(range(start, stop))
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
-        ahead = collections.deque(
-            pool.submit(place, step) for step in itertools.islice(steps, _PREFETCHED)
-        )
-        try:
-            while ahead:
-                batch = ahead.popleft().result()
-                ahead.extend(pool.submit(place, s) for s in itertools.islice(steps, 1))
-                yield batch
-        finally:
-            pool.shutdown(cancel_futures=True)
 
 
 @contextlib.contextmanager

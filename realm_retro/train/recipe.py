@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from etils import epath
 
 from realm_retro.parallel.axes import Names
 from realm_retro.train.state import TrainState
-from realm_retro.typing import Array, Batch, HostArray, PyTree
+from realm_retro.typing import Array, Batch, HostArray, JsonDict, PyTree
 
 # (sum, weight), float32 scalars; a mean is taken once, over all that was summed.
 Mean: TypeAlias = tuple[Array, Array]
@@ -36,6 +36,34 @@ class LoopState:
 
 
 @dataclasses.dataclass(frozen=True)
+class Live:
+    """Batches that depend on the weights: retrieval in the loop.
+
+    A batch is made in three parts, so that the slow one can run beside a step and its
+    result, which is small, can be saved with a checkpoint.
+
+    Attributes:
+      depth: 0: a batch is looked up with the weights of its own step, and the device
+        waits meanwhile. 1: with the weights of the step before, while the device takes
+        that step. Both are functions of (seed, step) alone.
+      ask: (step from 0, parameters) → what `find` takes. Dispatches device work and
+        returns at once; the parameters are gone after the next step.
+      find: (step, asked) → what was found, as JSON values. Waits for the device; called
+        in another thread where `depth` is 1.
+      batch: (step, found) → the global batch as host arrays, as `Recipe.batch_at`.
+      carry: → JSON values to be saved with a checkpoint (which index is in use).
+      resume: takes what `carry` gave, before the first `ask`.
+    """
+
+    depth: int
+    ask: Callable[[int, PyTree], Any]
+    find: Callable[[int, Any], JsonDict]
+    batch: Callable[[int, JsonDict], Mapping[str, HostArray]]
+    carry: Callable[[], JsonDict]
+    resume: Callable[[JsonDict], None]
+
+
+@dataclasses.dataclass(frozen=True)
 class Recipe:
     """One way to train one model.
 
@@ -46,7 +74,7 @@ class Recipe:
         name → (sum, weight)). Traced, differentiated, and called on any piece of a
         batch: it must not divide by counts of its own.
       batch_at: step (from 0) → the global batch as host arrays. A pure function of
-        the step, called ahead of time in another thread.
+        the step, called ahead of time in another thread. Or a `Live`.
       batch_spec: name → logical axes of each array of the batch.
       tokens_per_step: tokens of a global batch, for the rates.
       flops_per_step: floating point operations of a step by formula (forward and
@@ -55,15 +83,19 @@ class Recipe:
         on the same.
       trainable: parameters → tree of bools; all are trained where it is None.
       hooks: called in turn after each step, in the loop's own thread.
+      weights: → parameters to start from in place of `init`'s, unboxed host or device
+        arrays; not traced, so that a checkpoint is not written into the program.
     """
 
     description: str
     init: Callable[[Array], PyTree]
     loss: LossFn
-    batch_at: Callable[[int], Mapping[str, HostArray]]
+    batch_at: Callable[[int], Mapping[str, HostArray]] | Live
     batch_spec: Mapping[str, Names]
     tokens_per_step: int
     flops_per_step: float
     fingerprint: str
     trainable: Callable[[PyTree], PyTree] | None = None
     hooks: tuple[Callable[[LoopState], None], ...] = ()
+    weights: Callable[[], PyTree] | None = None
+    shared: Callable[[int, PyTree], Mapping[str, Array]] | None = None

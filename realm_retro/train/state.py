@@ -101,6 +101,25 @@ def init_state(
     return jax.jit(build, out_shardings=shardings_of(abstract))(key_for(seed, INIT))
 
 
+def with_weights(
+    state: TrainState, weights: PyTree, abstract: TrainState
+) -> TrainState:
+    """A fresh state whose parameters are `weights`, placed as `abstract` says.
+
+    Raises:
+      ValueError: a weight has another shape or name than the state's.
+    """
+    shapes = jax.tree.map(lambda x: x.shape, (weights, abstract.params))
+    if shapes[0] != shapes[1]:
+        raise ValueError("the weights to start from are not those of the model")
+    placed = jax.tree.map(
+        lambda x, like: jax.device_put(jnp.asarray(x, like.dtype), like.sharding),
+        weights,
+        abstract.params,
+    )
+    return dataclasses.replace(state, params=placed)
+
+
 def shardings_of(abstract: PyTree) -> PyTree:
     """The sharding of each leaf."""
     return jax.tree.map(lambda leaf: leaf.sharding, abstract)

@@ -50,10 +50,14 @@ def make_train_step(
             key = states.key_for(seed, states.LOSS, state.step)
             weights = optimizer.trainable_of(state.params)
 
-            def loss(weights: PyTree, batch: Batch, key: Array):
-                return recipe.loss(merge(weights, state.params), batch, key)
+            shared = {n: x for n, x in batch.items() if n not in recipe.batch_spec}
+            own = {name: batch[name] for name in recipe.batch_spec}
 
-            pieces = _cut(batch, recipe.batch_spec, accumulation)
+            def loss(weights: PyTree, piece: Batch, key: Array):
+                params = merge(weights, state.params)
+                return recipe.loss(params, {**piece, **shared}, key)
+
+            pieces = _cut(own, recipe.batch_spec, accumulation)
             grads, metrics = gradients(loss, weights, pieces, key)
         updates, opt_state = optimizer.transform.update(grads, state.opt_state, weights)
         weights = optax.apply_updates(weights, updates)

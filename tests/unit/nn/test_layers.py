@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from realm_retro.nn.layers import Projection, RMSNorm, TokenEmbedding
+from realm_retro.nn.layers import Projection, RMSNorm, TokenEmbedding, linear
 from realm_retro.parallel import axes
 
 
@@ -63,3 +63,27 @@ def test_weights_stay_in_float32():
     found, params = module.init_with_output(jax.random.key(0), normal(2, 3))
     assert found.dtype == jnp.bfloat16
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize(
+    ("x", "weight", "contract"),
+    [
+        ((2, 3, 4), (4, 9), 1),
+        ((2, 3, 9), (9, 4), 1),
+        ((5, 2, 3), (2, 3, 7), 2),
+        ((2, 5, 3, 4), (3, 4, 2), 2),
+        ((4,), (4, 2, 3), 1),
+    ],
+)
+def test_linear_is_a_product_with_its_gradients(x, weight, contract):
+    rng = np.random.default_rng(0)
+    x, weight = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in (x, weight))
+    y, pull = jax.vjp(lambda x, w: linear(x, w, contract), x, weight)
+    expected, pull_expected = jax.vjp(
+        lambda x, w: jnp.tensordot(x, w, axes=contract), x, weight
+    )
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+    dy = jnp.asarray(rng.normal(size=y.shape), jnp.float32)
+    for found, wanted in zip(pull(dy), pull_expected(dy), strict=True):
+        assert found.shape == wanted.shape
+        np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
