@@ -78,7 +78,7 @@ def test_depth_0_asks_with_the_weights_of_the_step():
     with feed_of(log) as feed:
         assert take(feed, 0, STEPS) == [[s, 10 * s, 0] for s in range(STEPS)]
     expected = [[("ask", s, 10 * s), ("batch", s)] for s in range(STEPS)]
-    assert log.calls == sum(expected, [])
+    assert log.calls == [call for pair in expected for call in pair]
 
 
 def test_depth_1_asks_a_step_ahead_before_the_device_gets_the_step():
