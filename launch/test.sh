@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Installs the test extra into .venv and runs the tests.
+# Installs the test extra into .venv and runs the tests, one process for each core.
 #
 #   launch/test.sh [PYTEST ARGUMENTS]     e.g. -m slow, or tests/unit -x
 set -euo pipefail
@@ -10,4 +10,5 @@ source "$here/environment.sh"
 
 environment test
 cd "$root"
-exec "$venv/bin/python" -m pytest "$@"
+# All tests of a file in one process: they share what is slow to make.
+exec "$venv/bin/python" -m pytest -n auto --dist loadfile "$@"

@@ -20,6 +20,8 @@ def get_config(which: str = "retro") -> ml_collections.ConfigDict:
         {
             "source": "vital_articles",
             "language": "en",
+            # So many articles; 0 takes all.
+            "articles": 0,
             # For source=text_files: a folder, a file or a glob, and its .jsonl fields.
             "path": "",
             "text_field": "text",

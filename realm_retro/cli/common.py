@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import ml_collections
@@ -37,7 +37,9 @@ _DISK_ERRORS = {
 }
 
 
-def run(main: Main, *, name: str) -> None:
+def run(
+    main: Main, *, name: str, required: Sequence[str] = ("config", "workdir")
+) -> None:
     """Parses flags and runs one stage.
 
     A `UserError`, a full disk, a lost permission or Ctrl-C ends in one line on
@@ -47,8 +49,9 @@ def run(main: Main, *, name: str) -> None:
     Args:
       main: called with the config and the workdir.
       name: the stage's name, put before the error.
+      required: flags that must be given; a config that is not is None.
     """
-    flags.mark_flags_as_required(["config", "workdir"])
+    flags.mark_flags_as_required(list(required))
     _complete_help(main)
 
     def guarded(argv: list[str]) -> None:

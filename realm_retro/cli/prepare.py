@@ -1,19 +1,24 @@
-r"""Reads a corpus, trains its tokenizer and cuts it into chunks.
+r"""Reads a corpus and cuts it: into chunks for RETRO, into passages for REALM.
 
 Reads   the source that config.corpus names.
-Writes  WORKDIR/corpus   the documents, a TFDS dataset in array_record
-        WORKDIR/chunks   the tokenizer and the chunks of config.chunks.length tokens
+Writes  WORKDIR/corpus     the documents, a TFDS dataset in array_record
+        WORKDIR/chunks     a tokenizer trained on them, and chunks of
+                           config.chunks.length tokens
+        WORKDIR/passages   if the config has a section `passages`: passages of at most
+                           config.passages.length wordpieces of config.encoder's
+                           tokenizer. Without a section `chunks` only these are written
 
 Example:
   python -m realm_retro.cli.prepare --config=configs/retro/quickstart.py \
       --workdir=/tmp/retro --config.corpus.source=text_files \
       --config.corpus.path='~/notes'
 
-An interrupted run resumes at the first missing shard of chunks.
+An interrupted run resumes at the first missing shard of chunks or passages.
 """
 
 from __future__ import annotations
 
+import os
 import time
 from typing import TypeVar
 
@@ -23,11 +28,14 @@ from etils import epath
 from realm_retro import artifacts
 from realm_retro import config as config_lib
 from realm_retro.cli import common
-from realm_retro.data import chunk_store, chunk_writer
+from realm_retro.data import chunk_store, chunk_writer, passage_writer
 from realm_retro.data import corpus as corpus_lib
+from realm_retro.data import passages as passages_lib
 from realm_retro.data.chunk_writer import ChunksConfig
 from realm_retro.data.corpus import CorpusConfig
+from realm_retro.data.passages import PassageConfig
 from realm_retro.text.tokenizer import TokenizerConfig
+from realm_retro.text.wordpiece import load_tokenizer
 from realm_retro.typing import JsonDict
 
 T = TypeVar("T")
@@ -38,8 +46,14 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     corpus = _build(config, CorpusConfig, "corpus")
     tokenizer = _build(config, TokenizerConfig, "tokenizer")
     chunks = _build(config, ChunksConfig, "chunks")
+    passages = _build(config, PassageConfig, "passages")
+    # Before the long work starts: a tokenizer that is missing is an early error.
+    wordpieces = _wordpieces(config) if "passages" in config else None
     manifest = _write_corpus(corpus, workdir / "corpus")
-    _write_chunks(chunks, tokenizer, manifest, workdir / "chunks")
+    if "chunks" in config or not wordpieces:
+        _write_chunks(chunks, tokenizer, manifest, workdir / "chunks")
+    if wordpieces:
+        _write_passages(passages, wordpieces, manifest, workdir / "passages")
 
 
 def _build(config: ml_collections.ConfigDict, cls: type[T], name: str) -> T:
@@ -128,6 +142,65 @@ def _report(counts: JsonDict, seconds: float) -> None:
             "chunks: no document is held out, so nothing can be evaluated; raise"
             " config.chunks.validation_fraction or add documents"
         )
+
+
+def _wordpieces(config: ml_collections.ConfigDict) -> epath.Path:
+    from realm_retro.cli import encoders  # JAX takes a while to import
+
+    path = encoders.EncoderConfig.of(config).folder() / encoders.TOKENIZER
+    load_tokenizer(path)
+    return path
+
+
+def _write_passages(
+    config: PassageConfig,
+    tokenizer: epath.Path,
+    corpus: artifacts.Manifest,
+    directory: epath.Path,
+) -> None:
+    started = time.monotonic()
+    stage = passage_writer.open_stage(
+        directory,
+        config=config,
+        tokenizer=tokenizer,
+        corpus_fingerprint=corpus.fingerprint,
+    )
+    if stage.finished:
+        count = passages_lib.load_manifest(directory, verify=False).meta["passages"]
+        common.say(f"passages: finished already, {count:,} passages in {directory}")
+        return
+    from realm_retro.data import datasets
+
+    # Said aloud, the tokenizer's threads do not warn when something forks later.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    documents = datasets.open_corpus(corpus.directory)
+    with stage.released_on_error():
+        counts = passage_writer.build(documents, tokenizer, config, stage)
+    seconds = time.monotonic() - started
+    stage.commit({**counts, "seconds": round(seconds, 2)})
+    _report_passages(counts, config, seconds)
+
+
+def _report_passages(counts: JsonDict, config: PassageConfig, seconds: float) -> None:
+    common.say(
+        f"passages: {counts['passages']:,} passages, {counts['tokens']:,} wordpieces,"
+        f" {counts['tokens'] / counts['passages']:.0f} a passage in {seconds:.1f} s"
+        f" ({counts['tokens'] / seconds:,.0f} wordpieces/s)"
+    )
+    for split, of in counts["splits"].items():
+        common.say(
+            f"passages: {split}: {of['documents']:,} documents, {of['passages']:,}"
+            f" passages, {of['bytes'] / 1e6:,.1f} MB"
+        )
+    said = {
+        "empty_documents": "documents hold no wordpiece and have no passage",
+        "titles_truncated": f"titles were cut to {config.title_length} wordpieces;"
+        " raise config.passages.title_length to keep all of them",
+        "unknown": "words are unknown to the tokenizer and read as [UNK]",
+    }
+    for name, text in said.items():
+        if counts[name]:
+            common.say(f"passages: {counts[name]:,} {text}")
 
 
 def entry() -> None:

@@ -1,4 +1,10 @@
-r"""Runs every stage of RETRO, from text to samples, and prints what came out.
+r"""Runs every stage of a config's road, and prints what came out.
+
+RETRO goes from text to samples. REALM, chosen by config.task, goes from text to
+questions that are answered with evidence; its training is kept company by a process
+of refresh_index, and the config's variants (the word after the colon of --config) are
+its runs. Text of one's own has no questions: REALM then ends after pre-training, unless
+--config.qa.questions names some.
 
 Each stage is a process of its own, so that its seconds and its peak memory are its
 own. A stage whose output is there, made with these settings, is not started again;
@@ -8,9 +14,11 @@ Reads:  what the config names.
 Writes: every artefact of the road into the workdir, and quickstart.json (how long
         each stage took, how much memory it held).
 
-Example:
+Examples:
   python -m realm_retro.cli.quickstart \
       --config=configs/retro/quickstart.py --workdir=quickstart
+  python -m realm_retro.cli.quickstart \
+      --config=configs/realm/quickstart.py --workdir=quickstart/realm
 """
 
 from __future__ import annotations
@@ -20,43 +28,41 @@ import dataclasses
 import json
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import IO, Any
 
 from etils import epath
 
 import realm_retro
 from realm_retro import artifacts
 from realm_retro import config as config_lib
-from realm_retro.cli import common, processes, quickstart_report
+from realm_retro.cli import (
+    common,
+    processes,
+    quickstart_realm,
+    quickstart_report,
+    quickstart_stages,
+)
+from realm_retro.cli.quickstart_stages import CommandLine, Stage
 from realm_retro.errors import UserError
-from realm_retro.typing import JsonDict
+from realm_retro.typing import Config, JsonDict
 
 LEDGER = "quickstart.json"
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage:
-    """A module under `realm_retro.cli` and the output that shows that it finished.
+class Command:
+    """How a stage is started.
 
     Attributes:
-      name: the module's name.
-      output: file in the workdir, where ``{name}`` is the run's name.
+      words: program and arguments.
+      companion: of what runs beside it; empty for nothing.
+      captured: whether its standard output is the stage's output.
     """
 
-    name: str
-    output: str
-
-
-STAGES = (
-    Stage("prepare", "chunks/manifest.json"),
-    Stage("embed", "embeddings/manifest.json"),
-    Stage("build_index", "index/manifest.json"),
-    Stage("find_neighbours", "neighbours/manifest.json"),
-    Stage("train", "runs/{name}/manifest.json"),
-    Stage("evaluate", "runs/{name}/evaluation.json"),
-    Stage("generate", "runs/{name}/generation.json"),
-)
+    words: Sequence[str]
+    companion: Sequence[str] = ()
+    captured: bool = False
 
 
 class Ledger:
@@ -94,7 +100,7 @@ class Ledger:
         *,
         before: str | None,
         output: epath.Path,
-        usage: processes.Usage,
+        used: JsonDict,
     ) -> None:
         """Keeps what a stage used and the fingerprint of its output.
 
@@ -103,13 +109,12 @@ class Ledger:
           before: fingerprint of its output before it was started. Where that has not
             changed, the stage only said that it had finished: older numbers stay.
           output: what it wrote.
-          usage: what it used.
+          used: seconds and memory.
         """
         found = fingerprint_of_output(output)
         new: JsonDict = {"settings": self._settings, "output": found, "attempts": 0}
         if found != before:
-            new["seconds"] = round(usage.seconds, 1)
-            new["peak_mb"] = round(usage.peak_mb)
+            new |= used
             new["resumed"] = self.entries[name]["attempts"] > 1
         self._put(name, new)
 
@@ -123,36 +128,46 @@ class Ledger:
 def main(config: Any, workdir: epath.Path) -> None:
     """Runs what is not finished, then prints the report."""
     workdir.mkdir(parents=True, exist_ok=True)
-    settings = artifacts.fingerprint_of(
-        {"config": config_lib.as_dict(config), "version": realm_retro.__version__}
-    )
+    line = CommandLine.of(sys.argv[1:])
+    realm = quickstart_stages.is_realm(config)
+    if realm:
+        line = dataclasses.replace(line, variant="")
+        road = {stage.name: stage for stage in quickstart_stages.realm(line)}
+    else:
+        road = {stage.name: stage for stage in quickstart_stages.retro(config)}
 
-    def command(stage: str) -> list[str]:
-        flags = [*sys.argv[1:], *_extra_flags(stage, workdir)]
-        return [sys.executable, "-m", f"realm_retro.cli.{stage}", *flags]
+    def command(name: str) -> Command:
+        stage = road[name]
+        return Command(
+            [*line.words(stage.module, stage), *stage.late(workdir)],
+            line.words(stage.companion, stage) if stage.companion else (),
+            stage.captured,
+        )
 
-    outputs = {
-        stage.name: workdir / stage.output.format(name=config.name) for stage in STAGES
-    }
     with processes.only_one(workdir) as lock, processes.terminated_like_ctrl_c():
-        ledger = Ledger(workdir, settings)
+        ledger = Ledger(workdir, _settings(config, line, road.values()))
         run_stages(
-            outputs,
+            {name: workdir / stage.output for name, stage in road.items()},
             command=command,
             ledger=ledger,
             environment=stage_environment(workdir),
             keep_open=lock,
         )
-        results = quickstart_report.read(
-            workdir, name=config.name, stages=ledger.entries
-        )
-    common.say(quickstart_report.render(results))
+        # Of an older road there may be more.
+        stages = {name: ledger.entries[name] for name in road}
+        if realm:
+            page = quickstart_realm.page(workdir, list(road.values()), stages)
+        else:
+            page = quickstart_report.render(
+                quickstart_report.read(workdir, name=config.name, stages=stages)
+            )
+    common.say(page)
 
 
 def run_stages(
     outputs: Mapping[str, epath.Path],
     *,
-    command: Callable[[str], Sequence[str]],
+    command: Callable[[str], Command],
     ledger: Ledger,
     environment: Mapping[str, str],
     keep_open: int | None = None,
@@ -161,11 +176,12 @@ def run_stages(
 
     Args:
       outputs: stage → the file that it writes last.
-      command: stage → program and arguments; asked for when the stages before it have
+      command: stage → how it is started; asked for when the stages before it have
         finished.
       ledger: knows what finished, and takes what was measured.
       environment: of the processes.
-      keep_open: a file descriptor that they inherit.
+      keep_open: a file descriptor that they inherit; not a companion, which may
+        outlive a killed run without doing harm.
 
     Raises:
       UserError: a stage failed.
@@ -178,14 +194,74 @@ def run_stages(
             common.say(f"{title}: finished before")
             continue
         ran = True
-        common.say(title)
+        how = command(name)
+        beside = f", beside it {_module(how.companion)}" if how.companion else ""
+        common.say(title + beside)
         before = fingerprint_of_output(output)
-        words = command(name)
         ledger.start(name)
-        usage = processes.run(words, environment=environment, keep_open=keep_open)
+        used = _run(how, output, environment, keep_open)
         if not output.exists():
             raise UserError(f"stage {name} ended without writing {output}")
-        ledger.finish(name, before=before, output=output, usage=usage)
+        ledger.finish(name, before=before, output=output, used=used)
+
+
+def _run(
+    how: Command,
+    output: epath.Path,
+    environment: Mapping[str, str],
+    keep_open: int | None,
+) -> JsonDict:
+    """Runs one stage; what it used, for the ledger."""
+    companion = None
+    if how.companion:
+        companion = processes.Companion(how.companion, environment=environment)
+    with _captured(output) if how.captured else contextlib.nullcontext() as stdout:
+        usage = processes.run(
+            how.words,
+            environment=environment,
+            keep_open=keep_open,
+            stdout=stdout,
+            companion=companion,
+        )
+    used: JsonDict = {
+        "seconds": round(usage.seconds, 1),
+        "peak_mb": round(usage.peak_mb),
+    }
+    if companion:
+        peak = round(companion.peak_mb)
+        used["companion"] = {"name": _module(how.companion), "peak_mb": peak}
+    return used
+
+
+def _module(words: Sequence[str]) -> str:
+    return words[2].rpartition(".")[2] if words[1] == "-m" else words[0]
+
+
+@contextlib.contextmanager
+def _captured(output: epath.Path) -> Iterator[IO[bytes]]:
+    """A file that becomes `output` when all went well."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    temporary = output.parent / f"{output.name}.tmp"
+    with open(temporary, "wb") as file:
+        yield file
+    temporary.replace(output)
+
+
+def _settings(config: Config, line: CommandLine, stages: Iterable[Stage]) -> str:
+    """Fingerprint of all that the caller has set, in every variant that is run."""
+    configs = {
+        stage.name: line.load(stage.variant, stage.flags)
+        for stage in stages
+        if stage.variant
+    }
+    values = {name: config_lib.as_dict(one) for name, one in configs.items()}
+    return artifacts.fingerprint_of(
+        {
+            "config": config_lib.as_dict(config),
+            **({"variants": values} if values else {}),
+            "version": realm_retro.__version__,
+        }
+    )
 
 
 def fingerprint_of_output(output: epath.Path) -> str | None:
@@ -201,28 +277,6 @@ def stage_environment(workdir: epath.Path) -> dict[str, str]:
         "TF_CPP_MIN_LOG_LEVEL": "2",
     }
     return {**defaults, **os.environ}
-
-
-def _extra_flags(stage: str, workdir: epath.Path) -> list[str]:
-    return [f"--prompt={_held_out_beginning(workdir)}"] if stage == "generate" else []
-
-
-def _held_out_beginning(workdir: epath.Path) -> str:
-    """The first chunk of the first held-out document that has a second one.
-
-    Any language and any corpus has one, the model has never seen it, and as a whole
-    chunk it is retrieved for at once.
-    """
-    from realm_retro.data import chunk_store
-
-    chunks = chunk_store.ChunkStore.open(workdir / "chunks", verify=False)
-    held_out = chunks.chunks_of(chunk_store.VALIDATION)
-    if not len(held_out):
-        return "The"
-    documents = chunks.document[held_out]
-    goes_on = documents[:-1] == documents[1:]
-    first = held_out[int(goes_on.argmax())] if goes_on.any() else held_out[0]
-    return chunks.text(int(first)).replace("\0", " ")
 
 
 def entry() -> None:

@@ -1,4 +1,4 @@
-"""The quickstart's last page: what was measured, and one sample with its evidence."""
+"""The last page of the quickstart's RETRO half: what was measured, and one sample."""
 
 from __future__ import annotations
 
@@ -43,10 +43,10 @@ def read(workdir: epath.Path, *, name: str, stages: Mapping[str, JsonDict]) -> R
     """
     run = workdir / "runs" / name
     return Results(
-        corpus=_read_json(workdir / "corpus" / "manifest.json"),
-        index=_read_json(workdir / "index" / "manifest.json"),
-        evaluation=_read_json(run / "evaluation.json"),
-        generation=_read_json(run / "generation.json")["generations"][0],
+        corpus=read_json(workdir / "corpus" / "manifest.json"),
+        index=read_json(workdir / "index" / "manifest.json"),
+        evaluation=read_json(run / "evaluation.json"),
+        generation=read_json(run / "generation.json")["generations"][0],
         stages=stages,
     )
 
@@ -56,7 +56,7 @@ def render(results: Results) -> str:
     parts = [
         _bits_per_byte(results.evaluation),
         _index(results.index),
-        _stages(results.stages),
+        stage_table(results.stages),
         _sample(results.generation),
     ]
     if attribution := results.corpus["meta"].get("attribution"):
@@ -120,7 +120,8 @@ def _index(index: JsonDict) -> str:
     )
 
 
-def _stages(stages: Mapping[str, JsonDict]) -> str:
+def stage_table(stages: Mapping[str, JsonDict]) -> str:
+    """Seconds and peak memory of each stage and of what ran beside it."""
     rows = []
     resumed = any(used.get("resumed") for used in stages.values())
     for name, used in stages.items():
@@ -128,10 +129,12 @@ def _stages(stages: Mapping[str, JsonDict]) -> str:
         mark = ("*" if used.get("resumed") else " ") if resumed else ""
         seconds = (f"{used['seconds']:.1f}" if known else "-") + mark
         rows.append([name, seconds, str(used["peak_mb"]) if known else "-"])
+        if beside := used.get("companion"):
+            rows.append([f"  beside it {beside['name']}", "", str(beside["peak_mb"])])
     known_stages = [used for used in stages.values() if "seconds" in used]
     if known_stages:
         total = sum(used["seconds"] for used in known_stages)
-        peak = max(used["peak_mb"] for used in known_stages)
+        peak = max(map(_peak, known_stages))
         rows.append(["all", f"{total:.1f}" + " " * resumed, str(peak)])
     text = table(["stage", "seconds", "peak MB"], rows)
     if resumed:
@@ -141,9 +144,14 @@ def _stages(stages: Mapping[str, JsonDict]) -> str:
     return text
 
 
+def _peak(used: JsonDict) -> int:
+    """Of a stage and its companion together."""
+    return used["peak_mb"] + used.get("companion", {}).get("peak_mb", 0)
+
+
 def _sample(generation: JsonDict) -> str:
     lines = ["A held-out document's beginning ▸ and what the model made of it", ""]
-    lines += _quote(generation["prompt"] + " ▸ " + generation["continuation"], "  ")
+    lines += quote(generation["prompt"] + " ▸ " + generation["continuation"], "  ")
     for number, chunk in enumerate(generation["chunks"], start=1):
         if not chunk["passages"]:
             continue
@@ -152,11 +160,12 @@ def _sample(generation: JsonDict) -> str:
         for passage in chunk["passages"]:
             name = passage["title"] or passage["document"]
             lines.append(f"    · {name} (score {passage['score']:.3f})")
-            lines += _quote(_shortened(passage["text"], 2 * WIDTH), "        ")
+            lines += quote(_shortened(passage["text"], 2 * WIDTH), "        ")
     return "\n".join(lines)
 
 
-def _quote(text: str, indent: str) -> list[str]:
+def quote(text: str, indent: str) -> list[str]:
+    """A text on lines of `WIDTH`, each after `indent`."""
     return textwrap.wrap(
         " ".join(text.split()),
         WIDTH,
@@ -171,7 +180,12 @@ def _shortened(text: str, limit: int) -> str:
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def _read_json(path: epath.Path) -> Any:
+def read_json(path: epath.Path) -> Any:
+    """What a stage wrote.
+
+    Raises:
+      UserError: it cannot be read, or is not JSON.
+    """
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:

@@ -1,6 +1,8 @@
-"""Trains the model of a config on the chunks and neighbours of a workdir.
+"""Trains the model of a config on what a workdir holds.
 
-Reads:   WORKDIR/chunks, WORKDIR/neighbours (a plain decoder: chunks only)
+Reads:   RETRO: WORKDIR/chunks, WORKDIR/neighbours (a plain decoder: chunks only)
+         REALM: WORKDIR/passages, WORKDIR/spans; config.task says what is trained:
+         realm_ict, realm_pretrain or realm_finetune
 Writes:  WORKDIR/runs/NAME/ with checkpoints/, metrics.jsonl and tensorboard/, where
          NAME is config.name; manifest.json when all steps are done.
 
@@ -20,9 +22,11 @@ from typing import TypeVar
 import ml_collections
 from absl import flags
 from etils import epath
+from jax.sharding import Mesh
 
 from realm_retro import config as config_lib
 from realm_retro.cli import common
+from realm_retro.errors import UserError
 from realm_retro.parallel import hosts
 from realm_retro.parallel.mesh import MeshConfig, make_mesh
 from realm_retro.retro import recipe as retro_recipe
@@ -30,6 +34,7 @@ from realm_retro.train import loop
 from realm_retro.train.config import TrainConfig
 from realm_retro.train.metrics import format_seconds
 from realm_retro.train.optim import OptimizerConfig
+from realm_retro.train.recipe import Recipe
 
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Let JAX find the other processes of this run by itself."
@@ -44,13 +49,17 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     mesh = make_mesh(_build(config, "mesh", MeshConfig))
     values = config_lib.as_dict(config)
     outcome = loop.train(
-        retro_recipe.make(config, workdir, mesh),
+        _recipe(config, workdir, mesh),
         workdir / "runs" / values["name"],
         config=_build(config, "train", TrainConfig),
         optimizer=_build(config, "optimizer", OptimizerConfig),
         mesh=mesh,
         seed=values["seed"],
-        settings={"model": values["model"]},
+        settings={
+            name: values[name]
+            for name in ("task", "model", "init", "pretrain", "ict", "qa")
+            if name in values
+        },
         report=common.say,
     )
     if not outcome.finished:
@@ -65,6 +74,27 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
             f"train: {outcome.step} steps in {format_seconds(outcome.seconds)},"
             f" {outcome.step / outcome.seconds:.2f} steps/s"
         )
+
+
+def _recipe(
+    config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh
+) -> Recipe:
+    """The recipe of ``config.task``."""
+    task = config_lib.as_dict(config).get("task", "retro")
+    if task == "retro":
+        return retro_recipe.make(config, workdir, mesh)
+    from realm_retro.cli import realm_recipes
+
+    makers = {
+        "realm_pretrain": realm_recipes.pretrain,
+        "realm_ict": realm_recipes.ict,
+        "realm_finetune": realm_recipes.finetune,
+    }
+    if task not in makers:
+        raise UserError(
+            f"config.task={task!r} is not known; use retro, {', '.join(makers)}"
+        )
+    return makers[task](config, workdir, mesh)
 
 
 def entry() -> None:

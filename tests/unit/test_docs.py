@@ -75,19 +75,22 @@ def config_of(path):
 
 def override_fault(words):
     """The first --config.a.b=value that sets nothing which the config has."""
-    file = next(
-        (re.split("[=:]", w)[1] for w in words if w.startswith("--config=")),
-        "configs/retro/quickstart.py",
-    )
+    given = [re.split("[=:]", w)[1] for w in words if w.startswith("--config=")]
+    # The launcher gives each of its halves what is for it.
+    files = given or ["configs/retro/quickstart.py", "configs/realm/quickstart.py"]
     for word in words:
-        if match := re.match(r"--config\.([\w.]+)=", word):
-            *sections, field = match[1].split(".")
-            value = config_of(file)
-            for section in sections:
-                value = value.get(section, {})
-            if field not in value:
-                return f"{word}: {file} has no {match[1]}"
+        match = re.match(r"--config\.([\w.]+)=", word)
+        if match and not any(has_field(config_of(file), match[1]) for file in files):
+            return f"{word}: {' and '.join(files)} have no {match[1]}"
     return None
+
+
+def has_field(config, name):
+    """Whether a config has a value that ``--config.NAME`` sets."""
+    *sections, field = name.split(".")
+    for section in sections:
+        config = config.get(section, {})
+    return field in config
 
 
 def command_fault(words):

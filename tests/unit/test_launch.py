@@ -145,6 +145,7 @@ def started(clone):
     (clone / ".venv" / "installed-quickstart").write_text("stamp\n")
 
     def run(*arguments, cwd):
+        """The words of each call, one after the other."""
         done = subprocess.run(
             [str(clone / "launch" / "quickstart.sh"), *arguments],
             cwd=cwd,
@@ -153,27 +154,89 @@ def started(clone):
             check=False,
         )
         assert done.returncode == 0, done.stderr
-        assert done.stdout.startswith("-m\nrealm_retro.cli.quickstart\n")
-        return done.stdout.splitlines()[2:]
+        first, *calls = done.stdout.split("-m\nrealm_retro.cli.quickstart\n")
+        assert first == ""
+        return [call.splitlines() for call in calls]
 
     return run
 
 
-def test_the_workdir_is_the_callers(started, clone, tmp_path):
-    config = f"--config={clone}/configs/retro/quickstart.py"
+@pytest.fixture
+def configs(clone):
+    """The --config of both halves."""
+    return [f"--config={clone}/configs/{name}/quickstart.py" for name in HALVES]
+
+
+HALVES = ("retro", "realm")
+
+
+def test_the_workdir_is_the_callers(started, configs, clone, tmp_path):
+    retro, realm = configs
     default = f"--workdir={clone}/quickstart"
-    assert started(cwd=tmp_path) == [config, default]
-    assert started("my run", cwd=tmp_path) == [config, "--workdir=my run"]
-    assert started("/x/y", cwd=clone) == [config, "--workdir=/x/y"]
+    assert started(cwd=tmp_path) == [[retro, default], [realm, f"{default}/realm"]]
+    assert started("my run", cwd=tmp_path) == [
+        [retro, "--workdir=my run"],
+        [realm, "--workdir=my run/realm"],
+    ]
+    assert started("/x/y", cwd=clone)[1] == [realm, "--workdir=/x/y/realm"]
 
 
-def test_flags_are_passed_on(started, clone, tmp_path):
-    config = f"--config={clone}/configs/retro/quickstart.py"
-    flag = "--config.corpus.path=my texts/*.md"
-    assert started("w", flag, cwd=tmp_path) == [config, "--workdir=w", flag]
-    assert started(flag, cwd=tmp_path)[-1] == flag
-    own = "--config=my.py"
-    assert started("w", own, cwd=tmp_path) == ["--workdir=w", own]
+@pytest.mark.parametrize(
+    ("flag", "halves"),
+    [
+        ("--config.corpus.path=my texts/*.md", HALVES),
+        ("--config.qa.questions=q.jsonl", ["realm"]),
+        ("--config.pretrain.refresh=inline", ["realm"]),
+        ("--noconfig.qa.bm25", ["realm"]),
+        ("--config.train.steps=9", ["retro"]),
+        ("--config.chunks.validation_fraction=0.1", ["retro"]),
+        ("--verbosity=1", HALVES),
+    ],
+)
+def test_flags_go_to_the_halves_that_they_apply_to(started, tmp_path, flag, halves):
+    calls = dict(zip(HALVES, started("w", flag, cwd=tmp_path), strict=True))
+    assert [half for half in HALVES if flag in calls[half]] == list(halves)
+
+
+def test_a_value_goes_where_its_flag_goes(started, tmp_path):
+    words = ["--config.qa.questions", "my q.jsonl", "--config.corpus.path", "texts"]
+    retro, realm = started("w", *words, cwd=tmp_path)
+    assert retro[2:] == words[2:]
+    assert realm[2:] == words
+
+
+@pytest.mark.parametrize("own", [["--config=my.py"], ["--config", "my.py"]])
+def test_another_config_is_run_alone(started, tmp_path, own):
+    flags = [*own, "--config.qa.read=3", "--config.train.steps=3"]
+    assert started("w", *flags, cwd=tmp_path) == [["--workdir=w", *flags]]
+
+
+def quickstart_with(clone, python, cwd):
+    """Starts quickstart.sh where Python is the script `python`."""
+    program = clone / ".venv" / "bin" / "python"
+    program.write_text(f'#!/bin/sh\n[ "$1" = - ] && echo stamp && exit\n{python}\n')
+    return subprocess.Popen(
+        [str(clone / "launch" / "quickstart.sh"), "w"],
+        cwd=cwd,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_half_that_fails_ends_it(started, clone, tmp_path):
+    with quickstart_with(clone, "echo $3; exit 7", tmp_path) as script:
+        assert script.communicate(timeout=60)[0].count("--config=") == 1
+    assert script.returncode == 7
+
+
+def test_a_signal_ends_the_half_that_runs_and_waits_for_it(started, clone, tmp_path):
+    python = "trap 'echo ended; exit 130' TERM; echo up; while :; do sleep 0.1; done"
+    with quickstart_with(clone, python, tmp_path) as script:
+        assert script.stdout is not None
+        assert script.stdout.readline() == "up\n"
+        script.terminate()
+        assert script.communicate(timeout=60)[0] == "ended\n"
+    assert script.returncode == 130
 
 
 def test_ci_and_pre_commit_run_the_same_pinned_tools():

@@ -6,11 +6,13 @@ import sys
 
 import ml_collections
 import pytest
+import tiny_passages
 from etils import epath
 
 from realm_retro.cli import prepare
 from realm_retro.data import datasets
 from realm_retro.data.chunk_store import ChunkStore
+from realm_retro.data.passages import PassageStore
 from realm_retro.errors import UserError
 
 TEXTS = [
@@ -146,3 +148,66 @@ def test_the_command_ends_in_one_line(folder, tmp_path):
         f"prepare: error: {folder}/a.jsonl:2: has no field 'text'; it has: body"
     )
     assert "Traceback" not in done.stderr
+
+
+# Passages
+
+
+def with_passages(folder, tmp_path, **passages):
+    config = config_of(folder)
+    del config.chunks
+    encoder = tiny_passages.save_tokenizer(tmp_path / "encoder").parent
+    config.encoder = {"path": str(encoder)}
+    config.passages = {"length": 12, "validation_fraction": 0.2, **passages}
+    return config
+
+
+def test_documents_become_passages(folder, tmp_path, capsys):
+    (folder / "b.txt").write_text("\u200b")
+    (folder / "c.txt").write_text("\U0001f600 and words")
+    config = with_passages(folder, tmp_path, title_length=4)
+    prepare.main(config, epath.Path(tmp_path / "w"))
+    corpus = datasets.open_corpus(tmp_path / "w" / "corpus")
+    store = PassageStore.open(
+        tmp_path / "w" / "passages", parents={"corpus": corpus.manifest.fingerprint}
+    )
+    assert store.length == 12
+    for row in range(len(corpus)):
+        first, end = store.first_passage[row : row + 2]
+        text = " ".join(store.texts(range(first, end)))
+        assert text == (corpus[row].text if end > first else "")
+    assert not (tmp_path / "w" / "chunks").exists()
+    said = capsys.readouterr().out
+    assert f"passages: {len(store):,} passages" in said
+    assert "passages: validation: " in said
+    assert "passages: 1 documents hold no wordpiece" in said
+    assert "titles were cut to 4 wordpieces; raise config.passages" in said
+    assert "passages: 1 words are unknown" in said
+    prepare.main(config, epath.Path(tmp_path / "w"))
+    assert "passages: finished already" in capsys.readouterr().out
+
+
+def test_chunks_and_passages_split_a_corpus_alike(folder, tmp_path):
+    config = with_passages(folder, tmp_path)
+    config.chunks = {"length": 16, "validation_fraction": 0.2}
+    prepare.main(config, epath.Path(tmp_path / "w"))
+    chunks = ChunkStore.open(tmp_path / "w" / "chunks")
+    passages = PassageStore.open(tmp_path / "w" / "passages")
+    assert passages.split.tolist() == chunks.documents.split.tolist()
+    assert len(set(passages.split.tolist())) > 1
+
+
+def test_a_missing_tokenizer_is_said_before_the_corpus_is_read(folder, tmp_path):
+    config = with_passages(folder, tmp_path)
+    (tmp_path / "encoder" / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"tokenizer\.json: is missing; config\.enc"):
+        prepare.main(config, epath.Path(tmp_path / "w"))
+    assert not (tmp_path / "w").exists()
+
+
+def test_a_passage_length_can_be_mended_in_the_same_workdir(folder, tmp_path):
+    (folder / "b.txt").write_text("zxyzxyzxyzxyzxyzxy")
+    with pytest.raises(UserError, match="raise it"):
+        prepare.main(with_passages(folder, tmp_path), epath.Path(tmp_path / "w"))
+    config = with_passages(folder, tmp_path, length=20)
+    prepare.main(config, epath.Path(tmp_path / "w"))

@@ -30,7 +30,7 @@ def road(tmp_path):
             code = f"open({str(outputs[name])!r}, 'w').write({content!r})"
             if name == fail:
                 code = "raise SystemExit(2)"
-            return [sys.executable, "-c", code]
+            return quickstart.Command([sys.executable, "-c", code])
 
         quickstart.run_stages(
             outputs,
@@ -120,10 +120,49 @@ def test_a_stage_that_writes_nothing_is_named(tmp_path):
     with pytest.raises(UserError, match=r"stage cut ended without writing .*none"):
         quickstart.run_stages(
             {"cut": epath.Path(tmp_path / "none")},
-            command=lambda name: [sys.executable, "-c", ""],
+            command=lambda name: quickstart.Command([sys.executable, "-c", ""]),
             ledger=quickstart.Ledger(epath.Path(tmp_path), "s"),
             environment=os.environ,
         )
+
+
+def run_one(tmp_path, code, **how):
+    """One stage; returns its output and its entry of the ledger."""
+    output = epath.Path(tmp_path) / "runs" / "out.jsonl"
+    ledger = quickstart.Ledger(epath.Path(tmp_path), "s")
+    quickstart.run_stages(
+        {"ask": output},
+        command=lambda name: quickstart.Command(python(code), **how),
+        ledger=ledger,
+        environment=os.environ,
+    )
+    return output, ledger.entries["ask"]
+
+
+def test_what_a_stage_prints_can_be_its_output(tmp_path, capfd):
+    output, _ = run_one(tmp_path, "print('{}')", captured=True)
+    assert output.read_text() == "{}\n"
+    assert "{}" not in capfd.readouterr().out
+
+
+def test_half_of_what_a_stage_prints_is_no_output(tmp_path):
+    code = "print('{}', flush=True); raise SystemExit(2)"
+    with pytest.raises(UserError, match="exit status 2"):
+        run_one(tmp_path, code, captured=True)
+    assert not (tmp_path / "runs" / "out.jsonl").exists()
+
+
+def test_a_stage_and_what_runs_beside_it_are_both_measured(tmp_path, capsys):
+    mark = str(tmp_path / "beside")
+    stage = f"""
+        import os, time
+        while not os.path.exists({mark!r}): time.sleep(0.01)
+        print()
+    """
+    beside = python(f"open({mark!r}, 'w').close(); import time; time.sleep(600)")
+    _, entry = run_one(tmp_path, stage, captured=True, companion=beside)
+    assert entry["companion"]["peak_mb"] > 1
+    assert "[1/1] ask, beside it" in capsys.readouterr().out
 
 
 # Processes
@@ -287,6 +326,14 @@ def test_the_page_says_what_was_measured():
     assert "all 210.5 1500" in lines
     assert "Text: Wikipedia, CC BY-SA 4.0" in lines
     assert max(map(len, page.splitlines())) <= 88
+
+
+def test_what_ran_beside_a_stage_counts_with_it():
+    beside = {"companion": {"name": "refresh_index", "peak_mb": 900}}
+    page = render(stages={"train": {**STAGE_USE["train"], **beside}})
+    lines = [" ".join(line.split()) for line in page.splitlines()]
+    assert "beside it refresh_index 900" in lines
+    assert "all 200.5 2400" in lines
 
 
 def test_the_page_shows_the_sample_once_with_its_evidence():

@@ -9,6 +9,7 @@ from realm_retro.data.corpus import (
     Document,
     Report,
     batched_by_size,
+    open_stage,
     sample,
 )
 from realm_retro.errors import UserError
@@ -60,8 +61,19 @@ def test_report_counts_bytes_not_characters():
         ({"source": "wikipedia"}, "choose one of vital_articles, text_files, tfds:"),
         ({"source": "text_files"}, "config.corpus.path is empty"),
         ({"source": "text_files", "path": ("",)}, "config.corpus.path is empty"),
+        ({"articles": -1}, "articles=-1 is negative; 0 takes all"),
     ],
 )
 def test_bad_settings_are_one_line(settings, said):
     with pytest.raises(UserError, match=said):
         CorpusConfig(**settings)
+
+
+def test_a_corpus_of_all_articles_is_one_from_before_there_was_a_choice(tmp_path):
+    """Its request on disk is the same to the letter."""
+    stage = open_stage(CorpusConfig(), tmp_path / "corpus")
+    request = next(tmp_path.rglob("*.json")).read_text()
+    assert "articles" not in request.replace("vital_articles", "")
+    stage.commit({})
+    with pytest.raises(UserError, match="made with other settings"):
+        open_stage(CorpusConfig(articles=5), tmp_path / "corpus")

@@ -165,6 +165,34 @@ def test_vital_articles(tmp_path):
     assert any("CC BY-SA 4.0" in line for line in report.lines())
 
 
+def first_articles(count):
+    report = Report()
+    return list(vital_articles.vital_articles("en", report, count)), report
+
+
+def test_some_vital_articles_are_those_that_are_asked_about_first():
+    asked = vital_articles.asked_about()
+    few, report = first_articles(len(asked))
+    assert {document.title for document in few} == asked
+    assert report.not_taken == 10_033 - len(asked)
+    assert f"{report.not_taken:,} articles are beyond" in " ".join(report.lines())
+    everything, _ = first_articles(0)
+    assert few == [document for document in everything if document.title in asked]
+
+
+def test_more_vital_articles_hold_all_of_fewer():
+    fewer, more = ({d.id for d in first_articles(n)[0]} for n in (400, 500))
+    assert len(fewer) == 400
+    assert len(more) == 500
+    assert fewer < more
+
+
+def test_more_vital_articles_than_there_are():
+    documents, report = first_articles(20_000)
+    assert len(documents) == 10_033
+    assert report.not_taken == 0
+
+
 @pytest.mark.parametrize("language", ["fr", "es"])
 def test_vital_articles_in_other_languages(language):
     report = Report()

@@ -1,0 +1,198 @@
+"""What training, evaluation and questions of a user share: weights, index, questions.
+
+An index lies in ``WORKDIR/indexes/HASH``, by the document tower that it was made with:
+runs with the same tower (all query-side fine-tunings of one start) have one index.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from realm_retro import artifacts
+from realm_retro import config as config_lib
+from realm_retro.arrays import ShardedArray
+from realm_retro.cli import common, find_answers, towers
+from realm_retro.data.passages import PassageStore
+from realm_retro.parallel.mesh import MeshConfig, make_mesh
+from realm_retro.realm import finetune, model, question_sets, search
+from realm_retro.realm.answer import Answerer
+from realm_retro.realm.config import RealmConfig
+from realm_retro.realm.question_sets import QaConfig, RetrievalConfig
+from realm_retro.retrieval.index.base import Index
+from realm_retro.train import checkpoint
+from realm_retro.train.recipe import Recipe
+from realm_retro.typing import Config, Params
+
+FOLDER = "indexes"
+
+Say = Callable[[str], Any]
+T = TypeVar("T")
+
+
+def recipe(config: Config, workdir: epath.Path, mesh: Mesh) -> Recipe:
+    """The recipe of fine-tuning; finds answers and makes the index where needed.
+
+    Raises:
+      UserError: an artefact or a question file is missing or does not fit the config.
+    """
+    settings = qa_config(config)
+    questions = question_sets.training_questions(settings)
+    store = towers.open_store(config, workdir)
+    answers = find_answers.find(workdir, questions, store)
+    # A run that goes on has the frozen tower in its checkpoint, whatever became of
+    # the weights that it started from.
+    weights = None if settings.train_documents else trained_weights(config, workdir)
+    weights = weights or start_weights(config, workdir, model.FINETUNING)
+    vectors, index = open_index(config, workdir, weights)
+    return finetune.make(
+        config,
+        store,
+        questions,
+        answers,
+        vectors,
+        index,
+        mesh,
+        lambda: weights.params,
+        parents=[weights.document_hash],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+    """Parameters, and the shape that they are of.
+
+    Attributes:
+      model: with tied towers parted where the parameters have two.
+      params: parts, unboxed.
+      step: of the run; None for what a run would start from.
+    """
+
+    model: RealmConfig
+    params: Params
+    step: int | None
+
+    @property
+    def document_hash(self) -> str:
+        """Of the document tower's names, shapes and values."""
+        digest = hashlib.sha256()
+        arrays = search.tower_arrays(self.model, self.params)
+        for name, value in sorted(arrays.items()):
+            array = np.ascontiguousarray(value)
+            digest.update(artifacts.fingerprint_of([name, array.shape]).encode())
+            digest.update(array.tobytes())
+        return digest.hexdigest()
+
+
+def start_weights(
+    config: Config, workdir: epath.Path, parts: tuple[str, ...] = model.TOWERS
+) -> Weights:
+    """What a run of this config starts from.
+
+    Raises:
+      UserError: weights are missing, or of another shape than the config's.
+    """
+    shape = finetune.model_for(towers.model_config(config), qa_config(config))
+    params = towers.start_params(config, workdir, parts)
+    return Weights(shape, finetune.with_document(shape, params), None)
+
+
+def trained_weights(config: Config, workdir: epath.Path) -> Weights | None:
+    """The newest checkpoint of the config's run; None where there is no run.
+
+    Raises:
+      UserError: it is damaged, or of another model.
+    """
+    run_dir = run_folder(config, workdir)
+    parts = checkpoint.parts(run_dir)
+    if not parts:
+        return None
+    shape = towers.model_config(config)
+    if "document" in parts:
+        shape = dataclasses.replace(shape, tied=False)
+    params, step = checkpoint.restore_params(
+        run_dir, lambda key: model.init(shape, key, parts), mesh_of(config)
+    )
+    return Weights(shape, params, step)
+
+
+def open_index(
+    config: Config, workdir: epath.Path, weights: Weights, say: Say = common.say
+) -> tuple[ShardedArray, Index]:
+    """Vectors of all passages by a document tower, made once, and an index over them.
+
+    Raises:
+      UserError: the passages are missing or do not fit the config.
+    """
+    parted = config.copy_and_resolve_references()
+    with parted.unlocked():
+        parted.model.tied = weights.model.tied
+    return towers.current_index(
+        parted,
+        workdir,
+        weights.params,
+        index_folder(workdir, weights),
+        backend=retrieval_config(config).index,
+        report=say,
+    )
+
+
+def index_folder(workdir: epath.Path, weights: Weights) -> epath.Path:
+    """Where the index of a document tower lies."""
+    return workdir / FOLDER / weights.document_hash[:16]
+
+
+def open_answerer(
+    config: Config,
+    workdir: epath.Path,
+    weights: Weights,
+    store: PassageStore,
+    say: Say = common.say,
+) -> Answerer:
+    """What answers questions with some weights; makes their index where needed.
+
+    Raises:
+      UserError: passages, weights and config do not fit together.
+    """
+    settings = qa_config(config)
+    _, index = open_index(config, workdir, weights, say)
+    return Answerer(
+        weights.model,
+        weights.params,
+        store,
+        index,
+        read=settings.read,
+        batch_size=settings.eval_batch_size,
+        mesh=mesh_of(config),
+    )
+
+
+def run_folder(config: Config, workdir: epath.Path) -> epath.Path:
+    """The folder of the config's run."""
+    return workdir / "runs" / config.name
+
+
+def qa_config(config: Config) -> QaConfig:
+    """Section ``qa``."""
+    return _build(config, "qa", QaConfig)
+
+
+def retrieval_config(config: Config) -> RetrievalConfig:
+    """Section ``retrieval``."""
+    return _build(config, "retrieval", RetrievalConfig)
+
+
+def mesh_of(config: Config) -> Mesh:
+    """The devices, as section ``mesh`` lays them out."""
+    return make_mesh(_build(config, "mesh", MeshConfig))
+
+
+def _build(config: Config, name: str, cls: type[T]) -> T:
+    section = config_lib.section(config, name)
+    return config_lib.build(cls, section, name=f"config.{name}")

@@ -1,0 +1,102 @@
+"""From a config and a workdir to a recipe of REALM: warm start, pre-training, QA."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from etils import epath
+from jax.sharding import Mesh
+
+from realm_retro import config as config_lib
+from realm_retro.cli import common, refresh_index, towers
+from realm_retro.data.span_store import SpanStore
+from realm_retro.realm import examples, model
+from realm_retro.realm import ict_recipe as ict_lib
+from realm_retro.realm import pretrain as pretrain_lib
+from realm_retro.realm.live_index import LiveIndex
+from realm_retro.realm.pretrain import PretrainConfig
+from realm_retro.retrieval.refresh import RefreshConfig
+from realm_retro.train.config import TrainConfig
+from realm_retro.train.recipe import Recipe
+from realm_retro.typing import Config
+
+T = TypeVar("T")
+
+
+def pretrain(config: Config, workdir: epath.Path, mesh: Mesh) -> Recipe:
+    """Masked queries over ``WORKDIR/passages``, with the index in ``WORKDIR/refresh``.
+
+    Raises:
+      UserError: an artefact is missing or does not fit the config.
+    """
+    realm = towers.model_config(config)
+    settings = _build(config, "pretrain", PretrainConfig)
+    train = _build(config, "train", TrainConfig)
+    refreshing = _build(config, "refresh", RefreshConfig)
+    store = towers.open_store(config, workdir)
+    spans = None
+    if settings.masking == "salient":
+        spans = SpanStore.open(
+            workdir / "spans", parents={"passages": store.fingerprint}
+        )
+    return pretrain_lib.make(
+        realm,
+        settings,
+        train,
+        store=store,
+        examples=examples.make(
+            store,
+            spans,
+            realm,
+            masking=settings.masking,
+            seed=config.seed,
+            batch_size=train.batch_size,
+        ),
+        index=LiveIndex(
+            workdir / refresh_index.FOLDER,
+            config=realm,
+            settings=refreshing,
+            mode=settings.refresh,
+            target=refreshing.target(len(store), {"passages": store.fingerprint}),
+            make_embedder=towers.passage_embedder(config, workdir),
+            build=pretrain_lib.index_builder(settings, mesh),
+            keep_checkpoints=train.keep,
+            report=common.say,
+        ),
+        mesh=mesh,
+        weights=lambda: towers.start_params(config, workdir, model.PRETRAINING),
+    )
+
+
+def ict(config: Config, workdir: epath.Path, mesh: Mesh) -> Recipe:
+    """The inverse cloze task over ``WORKDIR/passages``: a warm start of both towers.
+
+    Raises:
+      UserError: the passages are missing or do not fit the config.
+    """
+    realm = towers.model_config(config)
+    return ict_lib.make(
+        realm,
+        _build(config, "ict", ict_lib.IctConfig),
+        _build(config, "train", TrainConfig),
+        store=towers.open_store(config, workdir),
+        seed=config.seed,
+        mesh=mesh,
+        weights=lambda: towers.start_params(config, workdir, model.TOWERS),
+    )
+
+
+def finetune(config: Config, workdir: epath.Path, mesh: Mesh) -> Recipe:
+    """Question answering over ``WORKDIR/passages``, as ORQA is fine-tuned.
+
+    Raises:
+      UserError: an artefact or a question file is missing or does not fit the config.
+    """
+    from realm_retro.cli import qa_setup
+
+    return qa_setup.recipe(config, workdir, mesh)
+
+
+def _build(config: Config, name: str, cls: type[T]) -> T:
+    section = config_lib.section(config, name)
+    return config_lib.build(cls, section, name=f"config.{name}")

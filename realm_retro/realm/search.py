@@ -1,0 +1,214 @@
+"""Both towers at work outside a training step: queries and passages to vectors.
+
+Pre-training's retrieval, refresh workers, fine-tuning, evaluation and questions of a
+user all embed with these functions, so that a query and an index agree to the last bit
+however they came about.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import tokenizers
+from jax.sharding import Mesh
+
+from realm_retro.data.passages import PassageStore
+from realm_retro.parallel import axes
+from realm_retro.parallel.mesh import make_mesh
+from realm_retro.realm import model, packing
+from realm_retro.realm.config import CLS_ID, SEP_ID, RealmConfig
+from realm_retro.retrieval import embed
+from realm_retro.retrieval.embed import Embedder
+from realm_retro.retrieval.index import base, tuning
+from realm_retro.retrieval.index.base import Index
+from realm_retro.retrieval.index.exact import ExactIndex
+from realm_retro.retrieval.index.scann import ScannIndex
+from realm_retro.typing import Array, Float, HostArray, Int, Params, PyTree
+
+# Rows of query batches are padded to one of few numbers, so that few programs are
+# compiled however many questions come.
+_MAX_QUERIES = 64
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def query_vectors(
+    config: RealmConfig,
+    params: Params,
+    query: Int[Array, "rows q"],
+    length: Int[Array, " rows"],
+) -> Float[Array, "rows d"]:
+    """Embed_input(x) of queries, float32, without dropout; dispatched, not waited for.
+
+    Args:
+      config: the model's.
+      params: a tree with the part ``query``.
+      query: wordpieces without special tokens; anything behind their length.
+      length: how many are real.
+    """
+    with jax.default_matmul_precision("float32"):
+        ids, mask = packing.query_inputs(query, length)
+        return model.embed_queries(config, params, ids, mask)
+
+
+def embed_all_queries(
+    config: RealmConfig, params: Params, query: HostArray, length: HostArray
+) -> HostArray:
+    """`query_vectors` of any number of queries, in batches; float32 [rows, d]."""
+    vectors = np.empty((len(query), config.vector_dim), np.float32)
+    for start in range(0, len(query), _MAX_QUERIES):
+        part = slice(start, start + _MAX_QUERIES)
+        rows = len(query[part])
+        padded = min(_MAX_QUERIES, 1 << (rows - 1).bit_length()) - rows
+        found = query_vectors(
+            config,
+            params,
+            np.pad(query[part].astype(np.int32), [(0, padded), (0, 0)]),
+            np.pad(length[part].astype(np.int32), [(0, padded)]),
+        )
+        vectors[part] = np.asarray(found)[:rows]
+    return vectors
+
+
+def tokenise_questions(
+    config: RealmConfig, tokenizer: tokenizers.Tokenizer, texts: Sequence[str]
+) -> tuple[HostArray, HostArray, int]:
+    """Questions as the query tower and the reader take them.
+
+    Returns:
+      int32 [texts, query_length] padded with 0, int32 [texts] lengths, and how many
+      were longer than `query_length` and are cut.
+    """
+    ids = np.zeros((len(texts), config.query_length), np.int32)
+    lengths = np.zeros(len(texts), np.int32)
+    cut = 0
+    for row, encoding in enumerate(
+        tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
+    ):
+        pieces = encoding.ids[: config.query_length]
+        cut += len(encoding.ids) > len(pieces)
+        ids[row, : len(pieces)], lengths[row] = pieces, len(pieces)
+    return ids, lengths, cut
+
+
+def passage_embedder(
+    config: RealmConfig, store: PassageStore, *, batch_tokens: int = 0
+) -> Callable[[Mapping[str, HostArray]], Callable[[int, int], HostArray]]:
+    """What embeds passages with a document tower's parameters.
+
+    Args:
+      config: the model's.
+      store: the passages.
+      batch_tokens: of a batch on one device, padding included; 0 chooses by the kind
+        of device.
+
+    Returns:
+      A function of parameters (as `tower_arrays` gives them) to a function of a range
+      of rows [start, stop) to their vectors, float32 [stop − start, d].
+    """
+    devices = jax.local_devices()
+    if not batch_tokens:
+        batch_tokens = 1024 if devices[0].platform == "cpu" else 65_536
+    mesh = make_mesh(devices=devices)
+
+    def with_parameters(arrays: Mapping[str, HostArray]):
+        params = jax.device_put(_unflatten(arrays), axes.sharding((), (), mesh))
+        embedder = Embedder(
+            apply=functools.partial(_apply, config, params, mesh),
+            tokenizer=store.tokenizer,
+            dim=config.vector_dim,
+            max_tokens=config.document_tokens,
+            batch_tokens=batch_tokens * len(devices),
+            row_multiple=len(devices),
+            fingerprint="",
+        )
+
+        def rows(start: int, stop: int) -> HostArray:
+            packed = embed.Tokenised(
+                packed_documents(store, start, stop), embed.Counts()
+            )
+            return embed.embed_tokenised(packed, embedder)
+
+        return rows
+
+    return with_parameters
+
+
+def packed_documents(store: PassageStore, start: int, stop: int) -> list[HostArray]:
+    """``[CLS] title [SEP] body [SEP]`` of passages, int32, as `packing` makes them."""
+    titles, title_lengths = store.title_tokens(np.arange(start, stop))
+    bodies, lengths = store.body[start:stop], store.lengths[start:stop]
+    return [
+        np.concatenate([[CLS_ID], title[:t], [SEP_ID], body[:n], [SEP_ID]]).astype(
+            np.int32
+        )
+        for title, t, body, n in zip(
+            titles, title_lengths, bodies, lengths, strict=True
+        )
+    ]
+
+
+def tower_arrays(config: RealmConfig, params: Params) -> dict[str, Array]:
+    """The document tower's parameters by name: what a snapshot holds.
+
+    With tied towers that is the query tower.
+    """
+    part = "query" if config.tied else "document"
+    flat, _ = jax.tree_util.tree_flatten_with_path(params[part])
+    return {
+        "/".join([part, *(str(key.key) for key in path)]): leaf for path, leaf in flat
+    }
+
+
+def build_index(vectors: HostArray, *, backend: str = "auto", k: int = 100) -> Index:
+    """An index of passages' vectors for inner products; ids are rows.
+
+    Args:
+      vectors: float [N, d].
+      backend: ``exact``, ``scann``, or ``auto``: ScaNN from the size on where its tree
+        pays, exact search below.
+      k: how many will be asked for at most; ScaNN's parameters depend on it.
+    """
+    ids = np.arange(len(vectors), dtype=np.int64)
+    metric: base.Metric = "dot_product"
+    if backend == "scann" or (
+        backend == "auto" and len(vectors) >= tuning.MIN_ROWS_FOR_TREE
+    ):
+        parameters = tuning.initial_parameters(len(vectors), k)
+        return ScannIndex.build(
+            np.asarray(vectors, np.float32), ids, metric=metric, parameters=parameters
+        )
+    return ExactIndex.build(np.asarray(vectors, np.float32), ids, metric=metric)
+
+
+def _apply(
+    config: RealmConfig, params: Params, mesh: Mesh, ids: HostArray, lengths: HostArray
+) -> Array:
+    rows = axes.sharding(("batch",), lengths.shape, mesh)
+    return _document_vectors(config, params, *jax.device_put((ids, lengths), rows))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _document_vectors(
+    config: RealmConfig,
+    params: Params,
+    ids: Int[Array, "rows length"],
+    lengths: Int[Array, " rows"],
+) -> Float[Array, "rows d"]:
+    mask = jnp.arange(ids.shape[1])[None, :] < lengths[:, None]
+    with jax.default_matmul_precision("float32"):
+        return model.embed_documents(config, params, ids, mask)
+
+
+def _unflatten(arrays: Mapping[str, HostArray]) -> PyTree:
+    tree: PyTree = {}
+    for name, array in arrays.items():
+        *path, leaf = name.split("/")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[leaf] = array
+    return tree
