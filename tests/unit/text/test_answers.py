@@ -1,7 +1,6 @@
 """One rule of what an answer is: scored, searched for and read alike."""
 
 import itertools
-import re
 
 import numpy as np
 import pytest
@@ -31,24 +30,6 @@ def found(text, *expected, is_regex=False):
 
 
 # Scores of predictions
-
-
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("The  Beatles!", "beatles"),
-        ("a man, an apple & the end", "man apple end"),
-        ("U.S.A.", "usa"),
-        ("Theatre an-atomy", "theatre anatomy"),
-        ("Röntgen", "ro\u0308ntgen"),
-        ("7,056.5", "70565"),
-        ("1988–89", "1988–89"),  # only ASCII punctuation goes
-        ("A", ""),
-        ("\u00a0 the\tİ", "i\u0307"),
-    ],
-)
-def test_normalise(text, expected):
-    assert normalise(text) == expected
 
 
 def test_exact_match_takes_any_answer():
@@ -161,17 +142,6 @@ def test_every_run_of_pieces_with_the_answers_words_is_found(text, answer):
             expected.add((pieces[i].start, pieces[j].end))
     found = {(s, e) for _, s, e in AnswerIndex.build([[answer]]).find(text)}
     assert found == expected
-
-
-@given(TEXTS)
-def test_words_leave_out_nothing_but_punctuation_and_space(text):
-    left = list(text)
-    for word in words_of(text):
-        assert word.form == "".join(p.form for p in word.pieces)
-        for piece in word.pieces:
-            assert piece.form
-            left[piece.start : piece.end] = " " * (piece.end - piece.start)
-    assert not re.sub(r"[\s.,'()-]", "", "".join(left))
 
 
 def test_an_index_of_many_questions():
