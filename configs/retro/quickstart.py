@@ -65,20 +65,21 @@ def get_config(which: str = "retro") -> ml_collections.ConfigDict:
             "encoder_head_dim": 64,
             "encoder_ffw_dim": 256,
             "encoder_ca_layers": (1,),
+            "share_embedding": True,
             "compute_dtype": "float32",
         }
     )
     config.optimizer = ml_collections.ConfigDict(
-        {"peak_learning_rate": 4e-3, "warmup_steps": 20}
+        {"peak_learning_rate": 3e-3, "warmup_steps": 40}
     )
     config.train = ml_collections.ConfigDict(
         {
-            "steps": 150,
-            "batch_size": 16,
+            "steps": 500,
+            "batch_size": 8,
             "sequence_chunks": 4,
             "neighbours": 2,
             "log_every": 10,
-            "checkpoint_every": 50,
+            "checkpoint_every": 100,
         }
     )
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

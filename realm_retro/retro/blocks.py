@@ -105,7 +105,11 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """h + CCA(norm(h), E)."""
+    """h + CCA(norm(h), E).
+
+    Its output projection starts at zero, so a RETRO starts as the plain decoder of its
+    size and takes from neighbours only what it has learnt to.
+    """
 
     config: RetroConfig
 
@@ -114,7 +118,7 @@ class CrossAttention(nn.Module):
         self, h: Float[Array, "batch n model"], context: Context
     ) -> Float[Array, "batch n model"]:
         """Adds what each position reads from the neighbours of the last whole chunk."""
-        attention = _attention(self.config, "attention")
+        attention = _attention(self.config, "attention", scale=0.0)
         cca = ChunkedCrossAttention(attention, self.config.chunk_length, name="cca")
         x = RMSNorm(_dtype(self.config), name="norm")(h)
         if context.position is None:
@@ -181,13 +185,15 @@ class FeedForwardBlock(nn.Module):
         return axes.constrain(h + y, _ACTIVATIONS)
 
 
-def _attention(config: RetroConfig, name: str) -> RelativeAttention:
+def _attention(
+    config: RetroConfig, name: str, *, scale: float = 1.0
+) -> RelativeAttention:
     return RelativeAttention(
         num_heads=config.num_heads,
         head_dim=config.head_dim,
         width=config.model_dim,
         dtype=_dtype(config),
-        scale=_residual_scale(config),
+        scale=scale * _residual_scale(config),
         name=name,
     )
 

@@ -29,6 +29,7 @@ class RetroConfig:
     encoder_head_dim: int = 64
     encoder_ffw_dim: int = 3584
     encoder_ca_layers: tuple[int, ...] = (1,)  # P_enc, counted from 1
+    share_embedding: bool = False  # the encoder reads the decoder's embeddings
     compute_dtype: str = "bfloat16"  # of products; weights and softmax are float32
     remat: bool = False  # recompute activations in the backward pass
 

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from realm_retro.nn.attention import RelativeAttention
-from realm_retro.nn.layers import FeedForward, RMSNorm, TokenEmbedding
+from realm_retro.nn.layers import FeedForward, Projection, RMSNorm, TokenEmbedding
 from realm_retro.retro.config import RetroConfig
 from realm_retro.typing import Array, Bool, Float, Int
 
@@ -36,7 +36,9 @@ class EncoderLayer(nn.Module):
         Args:
           x: activations of the k neighbours of each chunk.
           mask: their real tokens.
-          chunk: H_u, the decoder's activations of the chunk, as they are (not normed).
+          chunk: H_u, the decoder's activations of the chunk. They are normed here: the
+            decoder's residual stream grows with training, and as it is it would drown
+            the neighbour's own tokens.
         """
         config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
         r, m = x.shape[-2], chunk.shape[-2]
@@ -61,7 +63,7 @@ class EncoderLayer(nn.Module):
             cross = attend(name="cross")
             x += cross(
                 RMSNorm(dtype, name="cross_norm")(x),
-                cross.keys_values(chunk),
+                cross.keys_values(RMSNorm(dtype, name="chunk_norm")(chunk)),
                 mask=jnp.ones((x.shape[0], 1, 1, m), bool),
                 relative=cross.relative_keys(r, r + m, offset=0),
             )
@@ -77,25 +79,29 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(
         self,
-        tokens: Int[Array, "batch l k r"],
+        tokens: Int[Array, "batch l k r"] | Float[Array, "batch l k r model"],
         mask: Bool[Array, "batch l k r"],
         chunks: Float[Array, "batch l m model"],
     ) -> Float[Array, "batch l k r encoder"]:
         """Encodes every neighbour, conditioned on the chunk that retrieved it.
 
         Args:
-          tokens: neighbours' tokens, padded with any id where `mask` is False.
+          tokens: neighbours' tokens, padded with any id where `mask` is False; or the
+            decoder's embeddings of them, which are then mapped to the encoder's width.
           mask: real tokens. A neighbour without any gives finite values, which the
             cross-attention masks.
           chunks: H_u, decoder activations after self-attention at layer min(P).
         """
         config, dtype = self.config, jnp.dtype(self.config.compute_dtype)
-        batch, chunks_per_row, k, r = tokens.shape
+        batch, chunks_per_row, k, r = mask.shape
         rows = (batch * chunks_per_row, k, r)
-        embed = TokenEmbedding(
-            config.vocab_size, config.encoder_dim, dtype, name="embed"
-        )
-        x = embed(tokens.reshape(rows))
+        if config.share_embedding:
+            width = (config.encoder_dim,)
+            embed = Projection(width, ("embed", "mlp"), dtype, name="embed")
+            x = embed(tokens.reshape(*rows, config.model_dim))
+        else:
+            size = (config.vocab_size, config.encoder_dim)
+            x = TokenEmbedding(*size, dtype, name="embed")(tokens.reshape(rows))
         mask = mask.reshape(rows)
         chunks = chunks.reshape(rows[0], 1, *chunks.shape[2:])
         for layer in range(1, config.encoder_layers + 1):

@@ -162,7 +162,7 @@ class Retro(nn.Module):
             h = self.bridge_attention(h, context)
             if neighbours is not None and neighbour_mask is not None:
                 chunks = h.reshape(h.shape[0], -1, m, h.shape[-1])
-                encoded = self.encoder(neighbours, neighbour_mask, chunks)
+                encoded = self._encode(neighbours, neighbour_mask, chunks)
                 context = context.replace(
                     neighbours=encoded, neighbour_mask=neighbour_mask
                 )
@@ -192,7 +192,7 @@ class Retro(nn.Module):
             h = self.bridge_attention(h, context)
             chunk = self.bridge_chunk(h, position)
             if neighbours is not None and neighbour_mask is not None:
-                encoded = self.encoder(
+                encoded = self._encode(
                     neighbours[:, None], neighbour_mask[:, None], chunk[:, None]
                 )
                 context = context.replace(neighbours=encoded)
@@ -200,6 +200,11 @@ class Retro(nn.Module):
                 h = self.bridge_cross(h, context)
             h = self.bridge_ffw(h)
         return self._finish(h, context)[:, 0]
+
+    def _encode(self, neighbours: Array, mask: Array, chunks: Array) -> Array:
+        if self.config.share_embedding:
+            neighbours = self.embed(neighbours)
+        return self.encoder(neighbours, mask, chunks)
 
     def _finish(self, h: Array, context: Context) -> Array:
         for group in self.groups:

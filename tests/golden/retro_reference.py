@@ -54,8 +54,13 @@ def forward(
         h = self_attention(layer["attention"], h, segments)
         if neighbours is not None:
             if p == min(config.cca_layers):
+                if config.share_embedding:
+                    inputs = table * math.sqrt(d) @ params["encoder"]["embed"]["kernel"]
+                else:
+                    own = params["encoder"]["embed"]["table"]
+                    inputs = own * math.sqrt(config.encoder_dim)
                 encoded = encode(
-                    params["encoder"], config, neighbours, neighbour_mask, h
+                    params["encoder"], config, inputs, neighbours, neighbour_mask, h
                 )
             if p in config.cca_layers:
                 h = h + chunked_cross_attention(
@@ -86,6 +91,7 @@ Encoded = list[list[list[tuple[int, np.ndarray]]]]  # [u][j] → real tokens
 def encode(
     params: dict,
     config,
+    inputs: np.ndarray,
     neighbours: np.ndarray,
     mask: np.ndarray,
     h: np.ndarray,
@@ -97,21 +103,20 @@ def encode(
     Args:
       params: of the encoder.
       config: m, L_enc, P_enc and d'.
+      inputs: what the encoder reads for each token of the vocabulary, [|V|, d'].
       neighbours: ids [l, k, r].
       mask: real tokens [l, k, r].
       h: the decoder's activations after self-attention at layer min(P), [n, d].
     """
     m, width = config.chunk_length, config.encoder_dim
-    table = params["embed"]["table"]
     encoded: Encoded = []
     for u in range(1, len(neighbours) + 1):
         h_u = [h[(u - 1) * m + i - 1] for i in range(1, m + 1)]
         encoded.append([])
         for ids, real in zip(neighbours[u - 1], mask[u - 1], strict=True):
             places = [place for place in range(1, len(ids) + 1) if real[place - 1]]
-            e = np.array(
-                [table[ids[place - 1]] * math.sqrt(width) for place in places]
-            ).reshape(len(places), width)
+            e = np.array([inputs[ids[place - 1]] for place in places])
+            e = e.reshape(len(places), width)
             for p in range(1, config.encoder_layers + 1):
                 layer = params[f"layer_{p}"]
                 e = e + attend(
@@ -125,7 +130,7 @@ def encode(
                     e = e + attend(
                         layer["cross"],
                         queries=norm(layer["cross_norm"], e),
-                        keys=h_u,
+                        keys=norm(layer["chunk_norm"], np.array(h_u)),
                         # Equation 7: d_enc(i', i) = i' − i, with i' and i from 1.
                         distance=lambda a, b, at=places: at[a] - (b + 1),
                         visible=lambda a, b: True,

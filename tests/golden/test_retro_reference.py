@@ -29,6 +29,7 @@ CONFIGS = {
             chunk_length=3,
             encoder_dim=14,
             encoder_ca_layers=(1, 2),
+            share_embedding=True,
         ),
         3,
     ),
@@ -148,8 +149,10 @@ def test_encoder():
         chunks,
     )
     assert np.isfinite(found).all()
+    weights = reference.as_float64(params)
+    embeddings = weights["embed"]["table"] * np.sqrt(config.encoder_dim)
     expected = reference.encode(
-        reference.as_float64(params), config, x.neighbours[0], x.neighbour_mask[0], h[0]
+        weights, config, embeddings, x.neighbours[0], x.neighbour_mask[0], h[0]
     )
     compared = 0
     for u, neighbours in enumerate(expected):

@@ -92,9 +92,14 @@ def test_parameter_counts_are_the_papers(sizes, baseline, retro):
     assert millions(tuple(range(6, layers + 1, 3))) == pytest.approx(retro, rel=0.01)
 
 
-def test_every_parameter_can_be_sharded():
+@pytest.mark.parametrize("share_embedding", [False, True])
+def test_every_parameter_can_be_sharded(share_embedding):
     config = small_config(
-        num_heads=4, encoder_num_heads=4, vocab_size=64, encoder_ffw_dim=16
+        num_heads=4,
+        encoder_num_heads=4,
+        vocab_size=64,
+        encoder_ffw_dim=16,
+        share_embedding=share_embedding,
     )
     params = abstract_params(config)
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
@@ -106,6 +111,17 @@ def test_every_parameter_can_be_sharded():
         # Matrices lie in pieces on both axes, norms and biases of heads need not.
         wanted = {"kernel": {"fsdp", "tensor"}, "table": {"fsdp", "tensor"}}
         assert cut >= wanted.get(path[-1].key, set()), jax.tree_util.keystr(path)
+
+
+def test_a_new_retro_is_its_plain_decoder():
+    config, x = small_config(), random_example(small_config())
+    model = Retro(config)
+    inputs = (x.tokens, x.segments, x.neighbours, x.neighbour_mask)
+    params = jit(model.init)(jax.random.key(0), *inputs)
+    on, off = jit(
+        lambda params: (model.apply(params, *inputs), model.apply(params, *inputs[:2]))
+    )(params)
+    np.testing.assert_array_equal(on, off)
 
 
 def test_recomputing_activations_changes_nothing():
