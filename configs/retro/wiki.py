@@ -7,8 +7,8 @@ Command:  for each of prepare, embed, build_index, find_neighbours, train, evalu
                 --config.corpus.path=articles.jsonl --workdir=W
           then train and evaluate with --config=configs/retro/wiki.py:plain, and
             python tests/benchmarks/ngram.py --workdir=W --order=5
-Cost:     2 CPU cores: 25 minutes to embed, 2 for the index and neighbours, 36 to train
-          (47 for plain, with other work beside it), 6 to evaluate.
+Cost:     2 CPU cores: 25 minutes to embed, 2 for the index and neighbours, 49 to train
+          (47 for plain; both with other work beside them), 7 to evaluate.
 Result:   see docs/results/wiki.md.
 """
 
