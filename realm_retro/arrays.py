@@ -1,10 +1,10 @@
-"""Arrays of many shards on disk, read as one: memory-mapped, never loaded whole."""
+"""Arrays of many shards on disk, read as one, and the names of arrays in a tree."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from typing import Self
+from collections.abc import Mapping, Sequence
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -111,3 +111,27 @@ class NpyWriter:
             "shape": (self.rows, *self._row_shape),
         }
         np.lib.format.write_array_header_1_0(self._file, header)
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dicts as ``a/b/c`` → leaf."""
+    flat = {}
+    for key, value in tree.items():
+        path = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{path}/")
+        else:
+            flat[path] = value
+    return flat
+
+
+def unflatten(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Undoes `flatten`."""
+    tree: dict[str, Any] = {}
+    for path, value in flat.items():
+        *folders, name = path.split("/")
+        node = tree
+        for folder in folders:
+            node = node.setdefault(folder, {})
+        node[name] = value
+    return tree

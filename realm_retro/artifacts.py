@@ -15,12 +15,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
+import fcntl
+import functools
 import hashlib
 import json
 import os
 import urllib.parse
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from etils import epath
 
@@ -30,7 +33,12 @@ from realm_retro.typing import JsonDict
 MANIFEST = "manifest.json"
 REQUEST = "request.json"
 PROGRESS = ".progress"
+LOCK = ".lock"
 _BLOCK = 1 << 22
+# What file systems without locks answer.
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+# Directories that this process has claimed.
+_claimed: set[str] = set()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +78,7 @@ class Stage:
     def __init__(self, directory: epath.Path, request: JsonDict):
         self.directory = directory
         self._request = request
+        self._claim = contextlib.ExitStack()  # let go with the stage, or at its end
 
     @classmethod
     def open(
@@ -81,8 +90,11 @@ class Stage:
         config: Mapping[str, Any],
         parents: Mapping[str, str],
         made_by: str,
+        claim: bool = True,
     ) -> Stage:
         """Opens a stage's directory for writing, or for resuming.
+
+        Until it is finished, no other process can open it meanwhile; see `claimed`.
 
         Args:
           directory: the stage's own directory; created if it is not there.
@@ -92,9 +104,12 @@ class Stage:
           parents: role → fingerprint of the artefacts read.
           made_by: the module that writes it, e.g. ``realm_retro.cli.embed``; named
             in errors of readers that miss it.
+          claim: False for the further processes of one program, which share the
+            directory with the one that claims it.
 
         Raises:
-          UserError: the directory holds the same stage with other settings.
+          UserError: the directory holds the same stage with other settings, or another
+            process is writing it.
         """
         directory = epath.Path(directory)
         request = _jsonable(
@@ -107,13 +122,20 @@ class Stage:
             }
         )
         directory.mkdir(parents=True, exist_ok=True)
-        request_file = directory / REQUEST
-        if request_file.exists():
-            _refuse_other_request(directory, _read_json(request_file), request)
-        else:
-            _write_json(request_file, request)
-        (directory / PROGRESS).mkdir(exist_ok=True)
-        return cls(directory, request)
+        stage = cls(directory, request)
+        with contextlib.ExitStack() as claims:
+            # What is finished may lie on a read-only disk.
+            if claim and not stage.finished:
+                claims.enter_context(claimed(directory))
+            request_file = directory / REQUEST
+            if request_file.exists():
+                _refuse_other_request(directory, _read_json(request_file), request)
+            else:
+                _write_json(request_file, request)
+            if not stage.finished:
+                (directory / PROGRESS).mkdir(exist_ok=True)
+                stage._claim = claims.pop_all()
+        return stage
 
     @property
     def finished(self) -> bool:
@@ -186,6 +208,7 @@ class Stage:
         body["fingerprint"] = _fingerprint(body)
         _write_json(self.directory / MANIFEST, body)
         (self.directory / PROGRESS).rmtree(missing_ok=True)
+        self._claim.close()
         return _manifest(self.directory, body)
 
     def _recorded(self) -> list[str]:
@@ -195,6 +218,59 @@ class Stage:
     def _record(self, name: str) -> epath.Path:
         quoted = urllib.parse.quote(name, safe="")
         return self.directory / PROGRESS / f"{quoted}.file.json"
+
+
+@contextlib.contextmanager
+def claimed(directory: epath.PathLike) -> Iterator[None]:
+    """Keeps other processes out of a directory while this one writes it.
+
+    A killed process leaves the file `LOCK` behind but not its lock. A claim within a
+    claim of the same process is none; nor is one where nothing can be locked, as in a
+    bucket.
+
+    Args:
+      directory: it exists.
+
+    Raises:
+      UserError: another process has claimed it.
+    """
+    path = os.path.join(os.path.realpath(directory), LOCK)
+    if "://" in os.fspath(directory) or path in _claimed:
+        yield
+        return
+    descriptor = _lock(directory, path)
+    _claimed.add(path)
+    try:
+        yield
+    finally:
+        _claimed.discard(path)
+        # First the name, then the lock: who opens it now must not find it free.
+        with contextlib.suppress(OSError):
+            os.unlink(path)
+        os.close(descriptor)
+
+
+def _lock(directory: epath.PathLike, path: str) -> int:
+    """Opens and locks a file; returns its descriptor."""
+    while True:
+        # No child that is started takes it along: it would keep the lock.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in _NO_LOCKS:
+                return descriptor
+            os.close(descriptor)
+            if not isinstance(error, BlockingIOError):
+                raise
+            raise UserError(
+                f"{directory}: another process is writing it; wait for it or stop it"
+            ) from None
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        # Its owner has just deleted it: the lock is worth nothing.
+        os.close(descriptor)
 
 
 def load(
@@ -254,6 +330,27 @@ def load(
     for name, record in manifest.files.items():
         _check_file(directory, name, record, again=again, verify=verify)
     return manifest
+
+
+class Loader(Protocol):
+    """`load` of one kind; its arguments and errors are those of `load`."""
+
+    def __call__(
+        self,
+        directory: epath.PathLike,
+        *,
+        parents: Mapping[str, str] | None = None,
+        verify: bool = True,
+    ) -> Manifest:
+        """Reads and checks a finished artefact of the kind."""
+        ...
+
+
+def loader(kind: str, format_version: int, made_by: str) -> Loader:
+    """`load` for the one kind that a module owns."""
+    return functools.partial(
+        load, kind=kind, format_version=format_version, made_by=made_by
+    )
 
 
 def sha256(path: epath.PathLike) -> str:

@@ -1,12 +1,17 @@
-"""People, their trades and towns: masks that a passage answers, and masks of days.
+"""People and three facts of each: masks that a passage answers, and masks of colours.
 
-One document of each person states both facts; nobody is asked from it. A sentence of
-each person holds one of them, which is masked: only the person's document tells it.
-Sentences about days of the week tell themselves what is masked in them.
+Two documents of each person state the facts in two orders of words. A query is a
+sentence of one of them, and only the other tells what is masked in it: no document of
+another person does, and nobody could guess. What colour a thing is, no document tells,
+and none is needed, for it is always the same.
+
+Untied random towers know nothing of names. What they find is of use by chance, which
+is why few documents are searched for many candidates. Facts are many enough that they
+are not learned by heart before what is retrieved has been of use.
 
 As a program it trains once and prints what was learned on the way:
 
-  python tests/toy_facts.py FOLDER [section.name=value …]
+  python tests/toy_facts.py FOLDER [seed=1 section.name=value …]
 """
 
 import ast
@@ -24,91 +29,107 @@ import toy_pretraining as toy
 from etils import epath
 
 from realm_retro.cli import towers
-from realm_retro.data.chunk_store import DATABASE, TRAIN, VALIDATION
+from realm_retro.data.chunk_store import TRAIN, VALIDATION
 from realm_retro.data.chunk_writer import ChunksConfig, split_of
 from realm_retro.data.span_store import SpanStore
 from realm_retro.realm import candidates, examples, objective, search
 
-FIRST = ("ada", "bodo", "cleo", "dario", "edda", "falk", "gesa")
-LAST = ("kran", "lund", "moor", "nagel", "otte", "prahl", "quast")
+FIRST = ("Ada", "Bodo", "Cleo", "Dario", "Edda", "Falk")
+LAST = ("Kran", "Lund", "Moor", "Nagel", "Otte", "Prahl")
 TRADES = ("baker", "dyer", "farmer", "glazier", "hatter", "joiner", "mason", "miller")
 TRADES += ("painter", "potter", "smith", "weaver")
 TOWNS = ("aachen", "bremen", "celle", "emden", "fulda", "goslar", "hameln", "jena")
 TOWNS += ("kassel", "mainz", "speyer", "ulm")
-DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
-OTHER = ("trade", "home", "after", "comes")
-SPLITS = {"validation_fraction": 0.3, "train_fraction": 0.5}
+COLOURS = ("black", "blue", "brown", "green", "grey", "red", "white", "yellow")
+KINDS = {"Trade": TRADES, "Home": TOWNS, "Coat": COLOURS}
+THINGS = ("Coal", "Sky", "Earth", "Grass", "Ash", "Blood", "Snow", "Butter")
+SPLITS = {"validation_fraction": 0.5}
 
 
-def write(folder, *, held_out=0.25, copies=2, seed=0):
-    """The corpus, its annotations and a tokenizer that knows each word."""
+def write(folder, *, held_out=9, copies=2, seed=0):
+    """The corpus, its annotations and a tokenizer that knows each word.
+
+    Args:
+      folder: where to.
+      held_out: people that nothing is asked about in training.
+      copies: documents of each thing; nothing is asked from the first in training.
+      seed: of who is what.
+    """
     rng = np.random.default_rng(seed)
-    toy.save_tokenizer(
-        folder / "tokenizer", [*FIRST, *LAST, *TRADES, *TOWNS, *DAYS, *OTHER]
-    )
+    words = [*FIRST, *LAST, *KINDS, *itertools.chain(*KINDS.values())]
+    toy.save_tokenizer(folder / "tokenizer", [*words, *THINGS, "is", "always"])
+    people = list(itertools.product(FIRST, LAST))
+    unasked = set(rng.permutation(len(people))[:held_out].tolist())
     with (
         (folder / "documents.jsonl").open("w") as documents,
         (folder / "spans.jsonl").open("w") as spans,
     ):
 
-        def add(kind, about, text, split, mask=None):
+        def add(name, split, *sentences):
+            # Splits are drawn by id: the first id of this name that is drawn into it.
             name = next(
-                name
+                tried
                 for number in itertools.count()
-                if split_of(name := f"{kind} {about} {number}", ChunksConfig(**SPLITS))
+                if split_of(tried := f"{name} {number}", ChunksConfig(**SPLITS))
                 == split
             )
+            text = " ".join(sentences)
             print(json.dumps({"id": name, "title": "", "text": text}), file=documents)
-            if mask:
-                start = text.rindex(mask)
-                found = [[start, start + len(mask)]]
-                print(json.dumps({"id": name, "spans": found}), file=spans)
+            ends = np.cumsum([len(sentence) + 1 for sentence in sentences]) - 2
+            masked = [sentence.split()[-1][:-1] for sentence in sentences]
+            found = [
+                [int(end) - len(mask), int(end)]
+                for end, mask in zip(ends, masked, strict=True)
+            ]
+            print(json.dumps({"id": name, "spans": found}), file=spans)
 
-        for first, last in itertools.product(FIRST, LAST):
-            trade, town = rng.choice(TRADES), rng.choice(TOWNS)
-            who = f"{first} {last}"
-            split = VALIDATION if rng.random() < held_out else TRAIN
-            add("fact", who, f"{who} {trade} {town}.", DATABASE)
-            kind, fact = (("trade", trade), ("home", town))[rng.integers(2)]
-            add(kind, who, f"{kind} {who} {fact}.", split, fact)
-        for (day, after), copy in itertools.product(
-            zip(DAYS, DAYS[1:] + DAYS[:1], strict=True), range(copies)
-        ):
-            split = VALIDATION if copy == 0 else TRAIN
-            text = f"after {day} comes {after}."
-            add("day", f"{day} {copy}", text, split, after)
+        for i, who in enumerate(" ".join(names) for names in people):
+            split = VALIDATION if i in unasked else TRAIN
+            facts = {kind: rng.choice(known) for kind, known in KINDS.items()}
+            for style, order in (("kind", "{0} {1}"), ("name", "{1} {0}")):
+                sentences = (
+                    f"{order.format(kind, who)} {fact}." for kind, fact in facts.items()
+                )
+                add(f"{style} {who}", split, *sentences)
+        for thing, colour in zip(THINGS, COLOURS, strict=True):
+            for copy in range(copies):
+                add(
+                    f"thing {thing} {copy}",
+                    VALIDATION if copy == 0 else TRAIN,
+                    f"{thing} is always {colour}.",
+                )
 
 
 def make_config(folder, **sections):
     """The config of the training; towers start from nothing."""
     config = toy.make_config(
         folder,
-        passages={"length": 6, "title_length": 1, **SPLITS},
+        passages={"length": 15, "title_length": 1, **SPLITS},
         spans={"tagger": "annotations", "path": str(folder / "spans.jsonl")},
         model={
             "width": 64,
-            "num_layers": 2,
+            "num_layers": 1,
             "num_heads": 4,
-            "hidden": 128,
+            "hidden": 32,
             "title_length": 1,
-            "body_length": 6,
-            "query_length": 6,
+            "body_length": 15,
+            "query_length": 5,
             "embed_dim": 32,
             "pooling": "mean",
             "projection_norm": False,
             "normalise": True,
             "score_scale": 8.0,
             "candidates": 16,
-            "max_masks": 2,
+            "max_masks": 1,
             "dropout": 0.0,
         },
         refresh={"every": 20, "shard_rows": 1024},
         optimizer={"peak_learning_rate": 2e-3, "warmup_steps": 50},
         train={
-            "steps": 1200,
+            "steps": 1000,
             "batch_size": 16,
             "log_every": 50,
-            "checkpoint_every": 600,
+            "checkpoint_every": 1000,
         },
     )
     return toy.changed(config, **sections)
@@ -129,7 +150,7 @@ class Found:
     """What a model does with a group of masked sentences.
 
     Attributes:
-      recall: share whose person's document is among the five best candidates.
+      recall: share whose person's other document is among the five best candidates.
       chance: the same for candidates drawn at random.
       null: mean p(∅ | x), with k candidates.
       gain: mean log p(y | x) − log p(y | ∅, x).
@@ -141,13 +162,14 @@ class Found:
     gain: float
 
 
-def evaluate(config, workdir, params, *, kinds=("trade", "home"), split=VALIDATION):
-    """Asks from the sentences of some kinds that are in `split`."""
+def evaluate(config, workdir, params, *, things=False, split=VALIDATION, times=4):
+    """Asks several times from the documents of people, or things, in `split`."""
     realm, store = towers.model_config(config), towers.open_store(config, workdir)
     spans = SpanStore.open(workdir / "spans")
-    ids = [store.document_id(d).split() for d in store.document[:].tolist()]
-    wanted = [ids[row][0] in kinds for row in range(len(store))]
+    names = [store.document_id(d).split() for d in store.document[:].tolist()]
+    wanted = [(name[0] == "thing") == things for name in names]
     rows = np.intersect1d(np.flatnonzero(wanted), store.passages_of(split))
+    rows = np.repeat(rows, times)
     made = examples.make(
         store, spans, realm, masking="salient", seed=1, batch_size=len(rows)
     )
@@ -159,9 +181,8 @@ def evaluate(config, workdir, params, *, kinds=("trade", "home"), split=VALIDATI
     queries = search.embed_all_queries(
         realm, params, batch["query"], batch["query_len"]
     )
-    hits = search.build_index(vectors).search(queries, min(64, len(store)))
     best = candidates.choose(
-        hits.ids,
+        search.build_index(vectors).search(queries, len(store)).ids,
         store,
         rows=rows,
         queries=batch["original"],
@@ -169,19 +190,30 @@ def evaluate(config, workdir, params, *, kinds=("trade", "home"), split=VALIDATI
         wanted=max(5, realm.candidates - 1),
         copied=0.8,
     ).ids
-    facts = {tuple(name[1:3]): row for row, name in enumerate(ids) if name[0] == "fact"}
-    answers = np.array([facts.get(tuple(ids[row][1:3]), -2) for row in rows])
     metrics = objective_of(
         realm,
         params,
         batch,
         candidates.assemble(best[:, : realm.candidates - 1], store, realm),
     )
+    answers = np.array([_other(names, row) for row in rows])
     return Found(
         recall=float((best[:, :5] == answers[:, None]).any(1).mean()),
         chance=5 / (len(store) - 1),
         null=metrics["null_prior"],
         gain=metrics["gain"],
+    )
+
+
+def _other(names, row):
+    """The other document of the person that `row` is about; −2 for a thing."""
+    style, first, last, _ = names[row]
+    if style == "thing":
+        return -2
+    return next(
+        i
+        for i, name in enumerate(names)
+        if name[0] != style and name[1:3] == [first, last]
     )
 
 
@@ -199,25 +231,28 @@ def main(folder, *overrides):
     sections = {}
     for word in overrides:
         name, value = word.split("=")
-        section, field = name.split(".")
-        sections.setdefault(section, {})[field] = ast.literal_eval(value)
+        section, _, field = name.partition(".")
+        if field:
+            sections.setdefault(section, {})[field] = ast.literal_eval(value)
+        else:
+            sections[section] = ast.literal_eval(value)
     write(folder)
     config = make_config(folder, **sections)
     workdir = toy.prepared(config, epath.Path(folder / "work"))
     began = time.perf_counter()
 
     def hook(at):
-        if at.step % 200:
+        if at.step % 100:
             return
-        held, old, days = (
+        held, old, things = (
             evaluate(config, workdir, at.state.params, **which)
-            for which in ({}, {"split": TRAIN}, {"kinds": ("day",)})
+            for which in ({}, {"split": TRAIN}, {"things": True})
         )
         print(
             f"{at.step:5d} {time.perf_counter() - began:4.0f}s"
             f" recall held {held.recall:.2f} trained {old.recall:.2f}"
             f" chance {held.chance:.2f} gain {held.gain:.2f}"
-            f" null {held.null:.3f} days {days.null:.3f}",
+            f" null {held.null:.3f} things {things.null:.3f}",
             flush=True,
         )
 

@@ -22,7 +22,8 @@ from tokenizers import models, normalizers, pre_tokenizers, processors
 
 from realm_retro import config as config_lib
 from realm_retro.cli import prepare, realm_recipes, tag_spans
-from realm_retro.parallel.mesh import make_mesh
+from realm_retro.parallel import hosts
+from realm_retro.parallel.mesh import MeshConfig, make_mesh
 from realm_retro.realm.config import CLS_ID, MASK_ID, PAD_ID, SEP_ID
 from realm_retro.train import loop
 from realm_retro.train.config import TrainConfig
@@ -163,6 +164,16 @@ def train(config, workdir, *hooks, mesh=None, report=lambda line: None):
     )
 
 
+def quick(folder):
+    """Environment of processes that compile fast rather than well, and once."""
+    return {
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "true",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+
+
 def run_dir(config, workdir):
     return workdir / "runs" / config.name
 
@@ -176,10 +187,13 @@ def records(config, workdir):
 
 def main(config_path, workdir, pause="0"):
     config = runpy.run_path(config_path)["get_config"]()
+    hosts.initialise()
+    mesh = config_lib.section(config, "mesh")
     outcome = train(
         config,
         epath.Path(workdir),
         lambda at: time.sleep(float(pause)),
+        mesh=make_mesh(config_lib.build(MeshConfig, mesh, name="config.mesh")),
         report=functools.partial(print, flush=True),
     )
     return 0 if outcome.finished else 143

@@ -39,7 +39,7 @@ QUESTIONS_FILE = flags.DEFINE_string(
     "questions_file", None, "A UTF-8 file with one question a line, or a .jsonl."
 )
 
-# Characters of a passage that are shown around an answer.
+# Characters of a question that are shown, and of a passage around an answer.
 _SHOWN = 400
 _WIDTH = 88
 
@@ -76,11 +76,11 @@ def _open(config: Config, workdir: epath.Path, say: Callable[[str], Any]) -> Ans
     store = towers.open_store(config, workdir)
     weights = qa_setup.trained_weights(config, workdir)
     if weights is None:
+        weights = qa_setup.start_weights(config, workdir)
         say(
             f"ask: there is no run {config.name!r} in {workdir}: passages are found by"
             " the weights that it would start from, and nothing reads them"
         )
-        weights = qa_setup.start_weights(config, workdir)
     elif "reader" not in weights.params:
         say(f"ask: the run {config.name!r} has no reader: passages are found only")
     return qa_setup.open_answerer(config, workdir, weights, store, say)
@@ -107,7 +107,10 @@ def _as_json(answer: Answer) -> Iterator[str]:
 
 
 def _as_text(answer: Answer) -> Iterator[str]:
-    yield f"\nQuestion: {answer.question}"
+    question = answer.question
+    if len(question) > _SHOWN:
+        question = f"{question[:_SHOWN].rstrip()} …"
+    yield f"\nQuestion: {question}"
     if answer.text is not None:
         given = answer.text or "no passage was found"
         yield f"Answer:   {given}   (p = {answer.probability:.3f})"
@@ -151,12 +154,7 @@ def _questions() -> Iterator[str]:
     if not QUESTIONS_FILE.value:
         return
     path = epath.Path(QUESTIONS_FILE.value).expanduser()
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        raise UserError(f"--questions_file {path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"--questions_file {path}: is not UTF-8 ({error})") from None
+    lines = common.lines_of(path, flag="--questions_file")
     for number, line in enumerate(lines, start=1):
         if line.strip():
             where = f"--questions_file {path}:{number}"

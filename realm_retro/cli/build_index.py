@@ -37,10 +37,6 @@ from realm_retro.typing import HostArray, JsonDict
 # Which chunks are tried; not the run's seed, so that runs may share an index.
 _SAMPLE_SEED = 0
 
-# A sample's recall is a little off that of another: aim to lose only half as much as is
-# allowed, and less if that was not enough.
-_CAUTION = (0.5, 0.25, 0.1)
-
 
 @dataclasses.dataclass(frozen=True)
 class IndexConfig:
@@ -171,24 +167,9 @@ def _build_scann(
     """A tuned index and the recall that it was measured to have."""
     common.say(f"index: training ScaNN on {exact.size:,} vectors")
     k, target = settings.recall_k, settings.recall_target
-    index = ScannIndex.build(
-        exact.vectors,
-        exact.ids,
-        metric=exact.metric,
-        parameters=tuning.initial_parameters(exact.size, k),
-    )
-    half = -(-len(sample[0]) // 2)
-    to_tune, to_measure = (
-        tuning.Trial.make(exact, sample[0][part], sample[1][part], k)
-        # A single query serves as both.
-        for part in (slice(half), slice(-half, None))
-    )
-    recall = 0.0
-    for caution in _CAUTION:
-        index = tuning.tune(index, to_tune, 1 - (1 - target) * caution)
-        recall = to_measure.recall(index)
-        if recall >= target:
-            return index, recall
+    index, recall = tuning.build(exact, *sample, k=k, target=target)
+    if recall >= target:
+        return index, recall
     raise UserError(
         f"index: recall@{k} is {recall:.4f}, below config.index.recall_target={target},"
         f" even with {index.parameters}; lower the target, or search exactly with"

@@ -6,7 +6,7 @@ import errno
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import ml_collections
 from absl import app, flags, logging
@@ -34,6 +34,7 @@ _DISK_ERRORS = {
     errno.EACCES: "permission denied; choose a --workdir that you can write",
     errno.EPERM: "permission denied; choose a --workdir that you can write",
     errno.EROFS: "the file system is read-only; choose a --workdir that you can write",
+    errno.ENOTDIR: "a part of that path is a file, not a folder; choose another",
 }
 
 
@@ -42,16 +43,15 @@ def run(
 ) -> None:
     """Parses flags and runs one stage.
 
-    A `UserError`, a full disk, a lost permission or Ctrl-C ends in one line on
-    standard error and exit status 2 (130 for Ctrl-C); anything else is a bug and keeps
-    its traceback.
+    A `UserError`, a wrong flag, a full disk, a lost permission or Ctrl-C ends in one
+    line on standard error and exit status 2 (130 for Ctrl-C); anything else is a bug
+    and keeps its traceback.
 
     Args:
       main: called with the config and the workdir.
       name: the stage's name, put before the error.
       required: flags that must be given; a config that is not is None.
     """
-    flags.mark_flags_as_required(list(required))
     _complete_help(main)
 
     def guarded(argv: list[str]) -> None:
@@ -72,12 +72,77 @@ def run(
             _die(name, f"{error.filename or WORKDIR.value}: {remedy}", 2)
 
     host_memory.reuse_freed_blocks()
-    app.run(guarded)
+    app.run(guarded, flags_parser=lambda argv: _parse(name, argv, required))
 
 
 def say(message: str) -> None:
     """Prints one line of a stage's report to standard output, at once."""
     print(message, flush=True)
+
+
+def lines_of(path: epath.PathLike, *, flag: str) -> list[str]:
+    """The lines of a text file that a flag names.
+
+    Raises:
+      UserError: it is not there, a folder, or not UTF-8.
+    """
+    path = epath.Path(path)
+    try:
+        return path.read_text().splitlines()
+    except FileNotFoundError:
+        raise UserError(f"{flag} {path}: no such file") from None
+    except IsADirectoryError:
+        raise UserError(f"{flag} {path}: is a folder; name a file in it") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{flag} {path}: is not UTF-8 ({error})") from None
+
+
+def _parse(name: str, argv: list[str], required: Sequence[str]) -> list[str]:
+    """Reads all flags; returns what is no flag."""
+    try:
+        rest = flags.FLAGS(argv)
+        for flag in required:
+            if flags.FLAGS[flag].value is None:
+                _die(name, f"--{flag} is missing; --help shows all flags", 2)
+        if CONFIG.value is not None:
+            hasattr(CONFIG.value, "name")  # only now is a file missed
+    except (flags.Error, LookupError, AttributeError, OSError, SyntaxError) as error:
+        reason = _reason(error)
+        if reason is None:
+            raise
+        _die(name, reason, 2)
+    except SystemExit:  # of --help, which absl calls a failure
+        sys.exit(0)
+    return rest
+
+
+def _reason(error: Exception) -> str | None:
+    """What is wrong with a flag, or None for a bug in a config file.
+
+    The flags' libraries raise whatever they met: a setting that the config does not
+    have is a KeyError or an AttributeError of one, a config file that is not there an
+    OSError.
+    """
+    causes: list[BaseException] = [error]
+    while before := causes[-1].__cause__ or causes[-1].__context__:
+        causes.append(before)
+    for cause in reversed(causes):
+        if isinstance(cause, UserError):  # raised by get_config
+            return str(cause)
+    if isinstance(error, SyntaxError):
+        return f"--config: {error.filename}:{error.lineno}: {error.msg}"
+    if isinstance(error, OSError):
+        last = str(causes[-1]).splitlines()[-1].strip()
+        return f"--config: {last}; name a file such as those in configs/"
+    if isinstance(error, flags.Error):
+        first, *more = str(error).splitlines()
+        return f"{first} {causes[-1]}" if more else f"{first} (--help shows all flags)"
+    for cause in causes:
+        if isinstance(cause, KeyError):
+            return f"--config has no setting {cause.args[0]}"
+    if "get_config" in str(error):
+        return "--config: the file defines no function get_config"
+    return None
 
 
 def _complete_help(main: Main) -> None:
@@ -89,7 +154,7 @@ def _complete_help(main: Main) -> None:
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 
-def _die(name: str, message: str, status: int) -> None:
+def _die(name: str, message: str, status: int) -> NoReturn:
     sys.stdout.flush()
     print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr, flush=True)
     # Threads of an asynchronous checkpoint must not keep a failed stage alive.

@@ -32,9 +32,10 @@ from etils import epath
 
 from realm_retro import artifacts, progress
 from realm_retro import config as config_lib
+from realm_retro.arrays import flatten
 from realm_retro.cli import common, towers
 from realm_retro.errors import UserError
-from realm_retro.interop import block_records, export, name_table, weights
+from realm_retro.interop import block_records, export, weights
 from realm_retro.interop import realm as published_realm
 from realm_retro.interop.bert import CONFIG as CONFIG_FILE
 from realm_retro.interop.tensors import files_of
@@ -122,7 +123,13 @@ def _trained(config: Config, workdir: epath.Path) -> tuple[JsonDict, Params]:
 
 
 def _converted(workdir: epath.Path) -> tuple[JsonDict, Params]:
-    published = weights.load(workdir / FOLDER)
+    directory = workdir / FOLDER
+    if not (directory / artifacts.MANIFEST).exists():
+        raise UserError(
+            f"{directory}: weights missing; run: python -m {weights.MADE_BY}"
+            f" --workdir={workdir} --input=FOLDER, or name a run with --config"
+        )
+    published = weights.load(directory)
     return published.model, published.parts
 
 
@@ -139,7 +146,7 @@ def _checksums(inputs: list[epath.Path], records: epath.Path | None) -> dict[str
 
 
 def _report(published: published_realm.Published, seconds: float) -> None:
-    flat = name_table.flatten(published.parts)
+    flat = flatten(published.parts)
     numbers = sum(value.size for value in flat.values())
     common.say(
         f"weights: {', '.join(sorted(published.parts))}: {numbers:,} numbers in"

@@ -23,6 +23,7 @@ from realm_retro.retrieval import embed, embeddings
 from realm_retro.retrieval.embed import Embedder, TextEncoder
 from realm_retro.retrieval.index import store
 from realm_retro.retrieval.retriever import Retriever
+from realm_retro.text import wordpiece
 from realm_retro.typing import Array, Float, HostArray, Int, Params
 
 TOKENIZER = "tokenizer.json"
@@ -160,7 +161,7 @@ def build_embedder(config: EncoderConfig, *, batch_tokens: int = 0) -> Embedder:
             f"config.encoder.max_tokens={config.max_tokens} is above the"
             f" {bert.max_positions} positions of {folder}; lower it"
         )
-    tokenizer = embed.load_tokenizer(folder / TOKENIZER)
+    tokenizer = wordpiece.load_tokenizer(folder / TOKENIZER, specials=True)
     if tokenizer.get_vocab_size() > bert.vocab_size:
         raise UserError(
             f"{folder / TOKENIZER}: has {tokenizer.get_vocab_size()} pieces, but the"

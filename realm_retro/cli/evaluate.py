@@ -22,7 +22,6 @@ from realm_retro import config as config_lib
 from realm_retro.cli import common
 from realm_retro.data import chunk_store
 from realm_retro.errors import UserError
-from realm_retro.parallel import hosts
 from realm_retro.parallel.mesh import MeshConfig, make_mesh
 from realm_retro.retro import batches, evaluate, recipe
 from realm_retro.train import checkpoint
@@ -75,9 +74,8 @@ def main(config: Config, workdir: epath.Path) -> None:
     num_bytes = store.documents.num_bytes[rows]
     report = _report(bits, num_bytes, on=train.neighbours if model.retrieves else 0)
     report |= {"step": step, "seconds": time.perf_counter() - started}
-    if hosts.is_main():
-        _write(run_dir, report, rows, num_bytes, bits)
-        _print(report)
+    _write(run_dir, report, rows, num_bytes, bits)
+    _print(report)
 
 
 def _sweep(retrieves: bool, trained: int, asked: tuple[int, ...]) -> list[int]:

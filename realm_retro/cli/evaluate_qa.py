@@ -12,7 +12,8 @@ Writes:  WORKDIR/runs/NAME/evaluation_qa.json     recall@k, exact match, F1 and 
 
 Beside the run stand in the same table the retriever that it started from (zero-shot)
 and BM25 on the same passages. Before there is a run, these two are measured alone. A
-run of pre-training has no reader: its retriever is measured.
+run of pre-training has no reader: its retriever is measured. Where questions name their
+gold document (field ``document``), the share of them that find it is told as well.
 """
 
 from __future__ import annotations
@@ -38,6 +39,7 @@ from realm_retro.realm.answer import Answerer
 from realm_retro.realm.evidence import Answer, Retrieved, Seconds
 from realm_retro.realm.question_sets import QaConfig
 from realm_retro.retrieval.bm25 import Bm25
+from realm_retro.retrieval.index.base import MISSING_ID
 from realm_retro.text import answers as answers_lib
 from realm_retro.typing import Config, HostArray, JsonDict
 
@@ -58,19 +60,36 @@ class Test:
     Attributes:
       questions: to be answered.
       answers: the passages that answer each.
+      gold: int64 [questions], the gold document of each; see `evaluation.gold_rows`.
+      store: the passages.
       settings: of the config.
     """
 
     questions: Sequence[Question]
     answers: AnswerStore
+    gold: HostArray
+    store: PassageStore
     settings: QaConfig
 
     def recalls(self, ids: HostArray) -> JsonDict:
-        """Recall@k of what was found: int64 [questions, found], best first."""
+        """``recall`` and, where gold documents are known, ``gold_recall`` at each k.
+
+        Args:
+          ids: int64 [questions, found], passages, best first; −1 where there are fewer.
+        """
         has = self.answers.has(np.arange(len(ids)), ids)
+        measures = {"recall": lambda k: evaluation.recall(has, k)}
+        if (self.gold >= 0).any():
+            there = ids != MISSING_ID
+            documents = np.where(
+                there, self.store.document[np.where(there, ids, 0)], -1
+            )
+            measures["gold_recall"] = lambda k: evaluation.gold_recall(
+                documents, self.gold, k
+            )
         return {
-            str(k): evaluation.interval(evaluation.recall(has, k))
-            for k in self.settings.recall_at
+            name: {str(k): evaluation.interval(of(k)) for k in self.settings.recall_at}
+            for name, of in measures.items()
         }
 
 
@@ -84,19 +103,31 @@ def main(config: Config, workdir: epath.Path) -> None:
         if QUESTIONS.value
         else question_sets.test_questions(settings)
     )
-    test = Test(questions, find_answers.find(workdir, questions, store), settings)
+    test = Test(
+        questions,
+        find_answers.find(workdir, questions, store),
+        _gold(questions, store),
+        store,
+        settings,
+    )
     run_dir = qa_setup.run_folder(config, workdir)
     run_dir.mkdir(parents=True, exist_ok=True)
     trained = qa_setup.trained_weights(config, workdir)
-    rows = []
+    rows, most = [], _most(test)
     if trained is not None:
-        answerer = qa_setup.open_answerer(config, workdir, trained, store)
-        rows.append(_run(str(config.name), answerer, test, run_dir))
+        answerer = qa_setup.open_answerer(config, workdir, trained, store, k=most)
+        row, found = _run(str(config.name), answerer, test, run_dir)
+        by_index = qa_setup.index_recall(
+            config, workdir, trained, found, answerer.index
+        )
+        rows.append({**row, "index": by_index})
     start = _start(config, workdir, trained)
     if start is not None:
-        answerer = qa_setup.open_answerer(config, workdir, start, store)
+        answerer = qa_setup.open_answerer(config, workdir, start, store, k=most)
         found = _retrieve(answerer, test, "zero-shot")
-        rows.append({"label": "zero-shot", "recall": test.recalls(found.ids)})
+        by_index = qa_setup.index_recall(config, workdir, start, found, answerer.index)
+        row = {"label": "zero-shot", **test.recalls(found.ids)}
+        rows.append({**row, "index": by_index})
     if settings.bm25:
         rows += _bm25(store, test)
     report = {
@@ -116,14 +147,35 @@ def main(config: Config, workdir: epath.Path) -> None:
     common.say(f"evaluate_qa: written to {run_dir}")
 
 
-def _run(label: str, answerer: Answerer, test: Test, run_dir: epath.Path) -> JsonDict:
-    """Recall of a run's retriever and, if it has a reader, scores of its answers."""
+def _gold(questions: Sequence[Question], store: PassageStore) -> HostArray:
+    """The gold document of each question, as far as one is named."""
+    if not any(question.document for question in questions):
+        return np.full(len(questions), evaluation.NO_GOLD)
+    ids = (store.document_id(row) for row in range(store.num_documents))
+    gold = evaluation.gold_rows(questions, ids)
+    if lost := int((gold == evaluation.GOLD_ELSEWHERE).sum()):
+        done = "count as not found" if (gold >= 0).any() else "gold recall is left out"
+        common.say(
+            f"evaluate_qa: {lost:,} questions name a document that the corpus does not"
+            f" have (its ids come from config.corpus.id_field): {done}"
+        )
+    return gold
+
+
+def _run(
+    label: str, answerer: Answerer, test: Test, run_dir: epath.Path
+) -> tuple[JsonDict, Retrieved]:
+    """Recall of a run's retriever and, if it has a reader, scores of its answers.
+
+    Returns:
+      These, and the passages that were found.
+    """
     texts = [question.question for question in test.questions]
     # Compiles, so that the times below are those of the work.
     first = texts[:_GROUP]
     next(answerer.read(first, answerer.retrieve(first, _most(test))))
     found = _retrieve(answerer, test, label)
-    row: JsonDict = {"label": label, "recall": test.recalls(found.ids)}
+    row: JsonDict = {"label": label, **test.recalls(found.ids)}
     if cut := int(found.cut.sum()):
         common.say(
             f"evaluate_qa: {cut} questions are longer than config.model.query_length="
@@ -142,7 +194,7 @@ def _run(label: str, answerer: Answerer, test: Test, run_dir: epath.Path) -> Jso
         row |= {name: evaluation.interval(values) for name, values in scored.items()}
     lines = _predictions(given, test)
     _write(run_dir / PREDICTIONS, (json.dumps(x, ensure_ascii=False) for x in lines))
-    return row
+    return row, found
 
 
 def _predictions(given: Sequence[Answer], test: Test) -> Iterator[JsonDict]:
@@ -225,7 +277,7 @@ def _bm25(store: PassageStore, test: Test) -> list[JsonDict]:
     except UserError as error:
         common.say(f"evaluate_qa: BM25 is left out: {error}")
         return []
-    return [{"label": "BM25", "recall": test.recalls(np.concatenate(found))}]
+    return [{"label": "BM25", **test.recalls(np.concatenate(found))}]
 
 
 def table(report: JsonDict) -> Iterator[str]:
@@ -235,17 +287,37 @@ def table(report: JsonDict) -> Iterator[str]:
         f"{report['questions']:,} questions, {report['answerable']:,} with an answer in"
         f" {report['passages']:,} passages, {step}; % [95 % interval over questions]"
     )
-    recalls = report["results"][0]["recall"]
+    first = report["results"][0]
     columns: dict[str, tuple[str, ...]] = {
-        f"recall@{k}": ("recall", k) for k in recalls
+        f"recall@{k}": ("recall", k) for k in first["recall"]
     }
     columns |= {
         name.replace("_", " "): (name,)
         for name in evaluation.MEASURES
         if any(row.get(name) for row in report["results"])
     }
-    cells = [["", *columns]]
+    yield from _lines(report["results"], "", columns)
+    if gold := first.get("gold_recall"):
+        columns = {f"recall@{k}": ("gold_recall", k) for k in gold}
+        asked = next(iter(gold.values()))["questions"]
+        title = f"gold document, {asked:,} questions"
+        yield from _lines(report["results"], title, columns)
     for row in report["results"]:
+        index = row.get("index")
+        if index and index["backend"] != "exact":
+            yield (
+                f"  {row['label']}: searched with {index['backend']}, which finds"
+                f" {index['recall']:.1%} of the {index['k']} passages that exact search"
+                f" finds ({index['queries']:,} questions)"
+            )
+
+
+def _lines(
+    rows: Sequence[JsonDict], title: str, columns: dict[str, tuple[str, ...]]
+) -> Iterator[str]:
+    """A head and one line a row; a column is the path of an interval in a row."""
+    cells = [[title, *columns]]
+    for row in rows:
         values = [row["label"]]
         for path in columns.values():
             value = row.get(path[0])

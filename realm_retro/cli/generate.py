@@ -90,12 +90,7 @@ def _prompts() -> list[str]:
     prompts = list(PROMPT.value)
     if PROMPT_FILE.value:
         path = epath.Path(PROMPT_FILE.value)
-        try:
-            lines = path.read_text().splitlines()
-        except FileNotFoundError:
-            raise UserError(f"--prompt_file {path}: no such file") from None
-        except UnicodeDecodeError as error:
-            raise UserError(f"--prompt_file {path}: is not UTF-8 ({error})") from None
+        lines = common.lines_of(path, flag="--prompt_file")
         prompts += [line for line in lines if line.strip()]
         if not prompts:
             raise UserError(f"--prompt_file {path}: holds no prompt; one a line")

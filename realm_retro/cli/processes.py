@@ -71,7 +71,11 @@ def run(
             companion.stop()
         time.sleep(_GRACE_SECONDS)
         process.terminate()
-        process.wait()
+        try:
+            process.wait(_END_SECONDS)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
         raise
     finally:
         if companion:

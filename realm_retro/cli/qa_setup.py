@@ -1,7 +1,8 @@
 """What training, evaluation and questions of a user share: weights, index, questions.
 
-An index lies in ``WORKDIR/indexes/HASH``, by the document tower that it was made with:
-runs with the same tower (all query-side fine-tunings of one start) have one index.
+An index lies in ``WORKDIR/indexes/HASH``, by the document tower that it was made with
+and the settings that decide what the tower's weights mean: runs with the same tower
+(all query-side fine-tunings of one start) have one index.
 """
 
 from __future__ import annotations
@@ -24,13 +25,18 @@ from realm_retro.parallel.mesh import MeshConfig, make_mesh
 from realm_retro.realm import finetune, model, question_sets, search
 from realm_retro.realm.answer import Answerer
 from realm_retro.realm.config import RealmConfig
+from realm_retro.realm.evidence import Retrieved
 from realm_retro.realm.question_sets import QaConfig, RetrievalConfig
-from realm_retro.retrieval.index.base import Index
+from realm_retro.retrieval.index.base import MISSING_ID, Index
+from realm_retro.retrieval.index.exact import ExactIndex
+from realm_retro.retrieval.index.tuning import Trial
 from realm_retro.train import checkpoint
 from realm_retro.train.recipe import Recipe
-from realm_retro.typing import Config, Params
+from realm_retro.typing import Config, JsonDict, Params
 
 FOLDER = "indexes"
+# Questions that an index is compared with exact search on.
+_TRIALS = 256
 
 Say = Callable[[str], Any]
 T = TypeVar("T")
@@ -42,6 +48,7 @@ def recipe(config: Config, workdir: epath.Path, mesh: Mesh) -> Recipe:
     Raises:
       UserError: an artefact or a question file is missing or does not fit the config.
     """
+    towers.check_start(config, workdir)
     settings = qa_config(config)
     questions = question_sets.training_questions(settings)
     store = towers.open_store(config, workdir)
@@ -50,7 +57,7 @@ def recipe(config: Config, workdir: epath.Path, mesh: Mesh) -> Recipe:
     # the weights that it started from.
     weights = None if settings.train_documents else trained_weights(config, workdir)
     weights = weights or start_weights(config, workdir, model.FINETUNING)
-    vectors, index = open_index(config, workdir, weights)
+    vectors, index = open_index(config, workdir, weights, settings.beam)
     return finetune.make(
         config,
         store,
@@ -80,8 +87,8 @@ class Weights:
 
     @property
     def document_hash(self) -> str:
-        """Of the document tower's names, shapes and values."""
-        digest = hashlib.sha256()
+        """Of the document tower's names, shapes and values, and what they mean."""
+        digest = hashlib.sha256(self.model.embedder_fingerprint.encode())
         arrays = search.tower_arrays(self.model, self.params)
         for name, value in sorted(arrays.items()):
             array = np.ascontiguousarray(value)
@@ -123,24 +130,59 @@ def trained_weights(config: Config, workdir: epath.Path) -> Weights | None:
 
 
 def open_index(
-    config: Config, workdir: epath.Path, weights: Weights, say: Say = common.say
+    config: Config, workdir: epath.Path, weights: Weights, k: int, say: Say = common.say
 ) -> tuple[ShardedArray, Index]:
     """Vectors of all passages by a document tower, made once, and an index over them.
+
+    Args:
+      config: the run's.
+      workdir: holds the passages.
+      weights: with the document tower.
+      k: how many passages will be asked for at most.
+      say: takes lines about the work.
 
     Raises:
       UserError: the passages are missing or do not fit the config.
     """
-    parted = config.copy_and_resolve_references()
-    with parted.unlocked():
-        parted.model.tied = weights.model.tied
     return towers.current_index(
-        parted,
+        _parted(config, weights),
         workdir,
         weights.params,
         index_folder(workdir, weights),
         backend=retrieval_config(config).index,
+        k=k,
         report=say,
     )
+
+
+def index_recall(
+    config: Config,
+    workdir: epath.Path,
+    weights: Weights,
+    found: Retrieved,
+    index: Index,
+) -> JsonDict:
+    """What an index found of the passages that exact search finds.
+
+    Returns:
+      ``backend``, ``k`` passages of each of so many ``queries``, and the ``recall``:
+      the share of the truly best k that are found.
+    """
+    ids, queries = found.ids[:_TRIALS], found.vectors[:_TRIALS]
+    measured = {"backend": index.backend, "k": ids.shape[1], "queries": len(ids)}
+    if index.backend == "exact":
+        return {**measured, "recall": 1.0}
+    vectors = towers.current_vectors(
+        _parted(config, weights),
+        workdir,
+        weights.params,
+        index_folder(workdir, weights),
+        report=lambda line: None,
+    )
+    exact = ExactIndex.build(vectors[:], index.ids, metric=index.metric)
+    nobody = np.full(len(ids), MISSING_ID)
+    trial = Trial.make(exact, queries, nobody, ids.shape[1])
+    return {**measured, "recall": trial.recall(index)}
 
 
 def index_folder(workdir: epath.Path, weights: Weights) -> epath.Path:
@@ -154,14 +196,24 @@ def open_answerer(
     weights: Weights,
     store: PassageStore,
     say: Say = common.say,
+    *,
+    k: int = 0,
 ) -> Answerer:
     """What answers questions with some weights; makes their index where needed.
+
+    Args:
+      config: the run's.
+      workdir: holds the passages.
+      weights: with or without a reader.
+      store: the passages.
+      say: takes lines about the work.
+      k: how many passages will be asked for, if more than are read.
 
     Raises:
       UserError: passages, weights and config do not fit together.
     """
     settings = qa_config(config)
-    _, index = open_index(config, workdir, weights, say)
+    _, index = open_index(config, workdir, weights, max(k, settings.read), say)
     return Answerer(
         weights.model,
         weights.params,
@@ -191,6 +243,14 @@ def retrieval_config(config: Config) -> RetrievalConfig:
 def mesh_of(config: Config) -> Mesh:
     """The devices, as section ``mesh`` lays them out."""
     return make_mesh(_build(config, "mesh", MeshConfig))
+
+
+def _parted(config: Config, weights: Weights) -> Config:
+    """The config with the towers of some weights."""
+    parted = config.copy_and_resolve_references()
+    with parted.unlocked():
+        parted.model.tied = weights.model.tied
+    return parted
 
 
 def _build(config: Config, name: str, cls: type[T]) -> T:

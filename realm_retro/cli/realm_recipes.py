@@ -9,13 +9,15 @@ from jax.sharding import Mesh
 
 from realm_retro import config as config_lib
 from realm_retro.cli import common, refresh_index, towers
+from realm_retro.data.passages import PassageStore
 from realm_retro.data.span_store import SpanStore
+from realm_retro.errors import UserError
+from realm_retro.parallel import hosts
 from realm_retro.realm import examples, model
 from realm_retro.realm import ict_recipe as ict_lib
 from realm_retro.realm import pretrain as pretrain_lib
 from realm_retro.realm.live_index import LiveIndex
 from realm_retro.realm.pretrain import PretrainConfig
-from realm_retro.retrieval.refresh import RefreshConfig
 from realm_retro.train.config import TrainConfig
 from realm_retro.train.recipe import Recipe
 from realm_retro.typing import Config
@@ -24,15 +26,15 @@ T = TypeVar("T")
 
 
 def pretrain(config: Config, workdir: epath.Path, mesh: Mesh) -> Recipe:
-    """Masked queries over ``WORKDIR/passages``, with the index in ``WORKDIR/refresh``.
+    """Masked queries over ``WORKDIR/passages``; the index in ``WORKDIR/refresh/NAME``.
 
     Raises:
       UserError: an artefact is missing or does not fit the config.
     """
+    towers.check_start(config, workdir)
     realm = towers.model_config(config)
     settings = _build(config, "pretrain", PretrainConfig)
     train = _build(config, "train", TrainConfig)
-    refreshing = _build(config, "refresh", RefreshConfig)
     store = towers.open_store(config, workdir)
     spans = None
     if settings.masking == "salient":
@@ -52,19 +54,40 @@ def pretrain(config: Config, workdir: epath.Path, mesh: Mesh) -> Recipe:
             seed=config.seed,
             batch_size=train.batch_size,
         ),
-        index=LiveIndex(
-            workdir / refresh_index.FOLDER,
-            config=realm,
-            settings=refreshing,
-            mode=settings.refresh,
-            target=refreshing.target(len(store), {"passages": store.fingerprint}),
-            make_embedder=towers.passage_embedder(config, workdir),
-            build=pretrain_lib.index_builder(settings, mesh),
-            keep_checkpoints=train.keep,
-            report=common.say,
-        ),
+        index=_live_index(config, workdir, mesh, store, settings, train.keep),
         mesh=mesh,
         weights=lambda: towers.start_params(config, workdir, model.PRETRAINING),
+    )
+
+
+def _live_index(
+    config: Config,
+    workdir: epath.Path,
+    mesh: Mesh,
+    store: PassageStore,
+    settings: PretrainConfig,
+    keep_checkpoints: int,
+) -> LiveIndex:
+    realm, refreshing = towers.model_config(config), refresh_index.settings(config)
+    say = common.say if hosts.is_main() else lambda line: None
+    on_host = settings.placement == "host"
+    if refreshing.target_overlap and not on_host:
+        raise UserError(
+            f"config.refresh.target_overlap={refreshing.target_overlap} needs the query"
+            " vectors of config.pretrain.placement=host; with placement=device set it"
+            " to 0 and choose config.refresh.every"
+        )
+    return LiveIndex(
+        refresh_index.folder(config, workdir),
+        config=realm,
+        settings=refreshing,
+        mode=settings.refresh,
+        target=refresh_index.target(config, store),
+        make_embedder=towers.passage_embedder(config, workdir),
+        build=pretrain_lib.index_builder(realm, settings, mesh, say),
+        depth=settings.depth if on_host else 0,
+        keep_checkpoints=keep_checkpoints,
+        report=say,
     )
 
 
@@ -74,6 +97,7 @@ def ict(config: Config, workdir: epath.Path, mesh: Mesh) -> Recipe:
     Raises:
       UserError: the passages are missing or do not fit the config.
     """
+    towers.check_start(config, workdir)
     realm = towers.model_config(config)
     return ict_lib.make(
         realm,

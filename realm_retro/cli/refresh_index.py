@@ -4,8 +4,9 @@ Start as many as there are machines or devices for it, at any time of the traini
 share the work. A worker may be killed at any time: another goes on with its shard. All
 end when the training ends.
 
-Reads   WORKDIR/passages, WORKDIR/refresh/snapshots
-Writes  WORKDIR/refresh/versions   the vectors of all passages, one version a snapshot
+Reads   WORKDIR/passages, WORKDIR/refresh/NAME/snapshots, where NAME is config.name
+Writes  WORKDIR/refresh/NAME/versions   the vectors of all passages, a version for each
+        snapshot
 
 Example:
   python -m realm_retro.cli.refresh_index --config=configs/realm/quickstart.py \
@@ -24,12 +25,11 @@ from realm_retro.retrieval import refresh
 from realm_retro.retrieval.refresh import MakeEmbedder, RefreshConfig, Target, Worker
 from realm_retro.typing import Config
 
-FOLDER = "refresh"
-
 _MAX_IDLE_SECONDS = flags.DEFINE_float(
     "max_idle_seconds",
     1800.0,
-    "End when nothing has happened in WORKDIR/refresh for so long; 0 waits for ever.",
+    "End when nothing has happened in WORKDIR/refresh/NAME for so long; 0 waits for"
+    " ever.",
     lower_bound=0.0,
 )
 
@@ -38,16 +38,36 @@ def main(config: Config, workdir: epath.Path) -> None:
     """Runs one worker; see the module docstring."""
     from realm_retro.cli import towers
 
-    section = config_lib.section(config, "refresh")
-    settings = config_lib.build(RefreshConfig, section, name="config.refresh")
-    store = PassageStore.open(workdir / "passages")
+    refreshing = settings(config)
     work(
-        workdir / FOLDER,
+        folder(config, workdir),
         towers.passage_embedder(config, workdir),
-        settings.target(len(store), {"passages": store.fingerprint}),
-        settings,
+        target(config, towers.open_store(config, workdir)),
+        refreshing,
         max_idle_seconds=_MAX_IDLE_SECONDS.value,
     )
+
+
+def folder(config: Config, workdir: epath.Path) -> epath.Path:
+    """What a training shares with its workers: each run has its own."""
+    return workdir / "refresh" / config.name
+
+
+def settings(config: Config) -> RefreshConfig:
+    """Section ``refresh``."""
+    section = config_lib.section(config, "refresh")
+    return config_lib.build(RefreshConfig, section, name="config.refresh")
+
+
+def target(config: Config, store: PassageStore) -> Target:
+    """What a version holds; trainer and workers refuse one of another."""
+    from realm_retro.cli import towers
+
+    parents = {
+        "passages": store.fingerprint,
+        "model": towers.embedder_fingerprint(config),
+    }
+    return settings(config).target(len(store), parents)
 
 
 def work(

@@ -4,7 +4,8 @@ Section ``init`` of a config says where weights come from:
 
     config.init.bert    ``minilm``, a folder of another BERT, or "" for random weights
     config.init.run     another run of the same workdir, whose last checkpoint is taken;
-                        parts that it does not have come from `bert`
+                        parts that it does not have come from `bert`, but a reader's
+                        BERT from the run's knowledge-augmented encoder (section 3.2)
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
@@ -46,6 +48,14 @@ def model_config(config: Config) -> RealmConfig:
     return config_lib.build(RealmConfig, config.model, name="config.model")
 
 
+def embedder_fingerprint(config: Config) -> str:
+    """Of the model's settings that decide what the document tower's weights mean.
+
+    It is the parent ``model`` of snapshots and of vectors.
+    """
+    return model_config(config).embedder_fingerprint
+
+
 def open_store(config: Config, workdir: epath.Path) -> PassageStore:
     """The passages of a workdir.
 
@@ -75,15 +85,30 @@ def start_params(
     Raises:
       UserError: weights are missing, or of another shape than the config's.
     """
-    realm = model_config(config)
-    init = config_lib.build(
-        InitConfig, config_lib.section(config, "init"), name="config.init"
-    )
+    realm, init = model_config(config), _init(config)
+    _check_init(init, workdir)
     key = jax.random.key(config.seed)
     params = _from_bert(realm, init.bert, key, parts)
     if init.run:
-        params |= run_params(config, workdir, init.run)
+        trained = run_params(config, workdir, init.run)
+        if "reader" in params and "encoder" in trained:
+            # A copy: a train step donates every buffer once.
+            bert = jax.tree.map(jnp.copy, trained["encoder"]["bert"])
+            params["reader"] = {**params["reader"], "bert": bert}
+        params |= trained
     return {name: params[name] for name in params if name in parts}
+
+
+def check_start(config: Config, workdir: epath.Path) -> None:
+    """Refuses what `start_params` will refuse, before the long work that precedes it.
+
+    A run that has a checkpoint goes on from it, whatever became of its start.
+
+    Raises:
+      UserError: section ``init`` names weights that are not there.
+    """
+    if not (workdir / "runs" / config.name / checkpoint.FOLDER).exists():
+        _check_init(_init(config), workdir)
 
 
 def run_params(config: Config, workdir: epath.Path, name: str) -> PyTree:
@@ -113,27 +138,28 @@ def passage_embedder(
     )
 
 
-def current_index(
+def current_vectors(
     config: Config,
     workdir: epath.Path,
     params: PyTree,
     root: epath.Path,
     *,
-    backend: str = "auto",
     report: Callable[[str], Any] = print,
-) -> tuple[ShardedArray, Index]:
-    """Vectors of all passages by a document tower, and an index over them.
+) -> ShardedArray:
+    """Vectors of all passages by a document tower, float [N, d].
 
-    They are made once, in `root`, and found there again as long as the parameters and
-    the passages are the same.
+    They are made once, in `root`, and found there again as long as the parameters, the
+    passages and the model's settings are the same.
 
     Args:
       config: the run's.
       workdir: holds the passages.
       params: with the document tower's part.
       root: a folder of their own.
-      backend: see `search.build_index`.
       report: takes a line before the long work.
+
+    Raises:
+      UserError: those in `root` are damaged, or of another dtype than the config's.
     """
     realm, store = model_config(config), open_store(config, workdir)
     settings = config_lib.build(
@@ -142,18 +168,84 @@ def current_index(
     arrays = {
         name: np.asarray(x) for name, x in search.tower_arrays(realm, params).items()
     }
+    parents = {
+        "passages": store.fingerprint,
+        "model": embedder_fingerprint(config),
+    }
     report(f"index: {len(store):,} passages by the document tower, in {root}")
-    version = refresh.refresh_inline(
-        root,
-        0,
-        arrays,
-        passage_embedder(config, workdir),
-        settings.target(len(store), {"passages": store.fingerprint}),
-        report=lambda _: None,
-    )
-    vectors = refresh.load_vectors(version)
+    # A finished one may lie on a read-only disk.
+    version = refresh.finished_version(root, 0, arrays, parents=parents)
+    if version is None:
+        version = refresh.refresh_inline(
+            root,
+            0,
+            arrays,
+            passage_embedder(config, workdir),
+            settings.target(len(store), parents),
+            report=lambda _: None,
+        )
+    made = version.manifest.config
+    dtype, shard_rows = made["dtype"], made["shard_rows"]
+    if dtype != settings.dtype:
+        raise UserError(
+            f"{root}: holds {dtype} vectors, but config.refresh.dtype={settings.dtype};"
+            " make them equal, or delete the folder: it is made again"
+        )
+    if shard_rows != settings.shard_rows:
+        report(
+            f"index: shards of {shard_rows:,} passages are there already;"
+            f" config.refresh.shard_rows={settings.shard_rows} is for those yet to come"
+        )
+    return refresh.load_vectors(version)
+
+
+def current_index(
+    config: Config,
+    workdir: epath.Path,
+    params: PyTree,
+    root: epath.Path,
+    *,
+    backend: str = "auto",
+    k: int = 100,
+    report: Callable[[str], Any] = print,
+) -> tuple[ShardedArray, Index]:
+    """`current_vectors`, and an index over them.
+
+    Args:
+      config: the run's.
+      workdir: holds the passages.
+      params: with the document tower's part.
+      root: a folder of the vectors' own.
+      backend: see `search.build_index`.
+      k: how many will be asked for at most.
+      report: takes lines before the long work and about the index.
+
+    Raises:
+      UserError: see `current_vectors` and `search.build_index`.
+    """
+    vectors = current_vectors(config, workdir, params, root, report=report)
     whole = np.asarray(vectors[:], np.float32)
-    return vectors, search.build_index(whole, backend=backend)
+    return vectors, search.build_index(whole, backend=backend, k=k, report=report)
+
+
+def _init(config: Config) -> InitConfig:
+    section = config_lib.section(config, "init")
+    return config_lib.build(InitConfig, section, name="config.init")
+
+
+def _check_init(init: InitConfig, workdir: epath.Path) -> None:
+    if init.run and not checkpoint.parts(workdir / "runs" / init.run):
+        raise UserError(
+            f"config.init.run={init.run!r}: {workdir} has no trained run of that name;"
+            " train it first (the same --config without :finetune), or take :zero_shot"
+        )
+    for name in (bert_weights.CONFIG, bert_weights.WEIGHTS):
+        path = epath.Path(init.bert) / name
+        if init.bert not in ("", "minilm") and not path.exists():
+            raise UserError(
+                f"config.init.bert={init.bert!r}: {path} is missing; name a folder with"
+                f' {bert_weights.CONFIG} and {bert_weights.WEIGHTS}, minilm, or ""'
+            )
 
 
 def _from_bert(

@@ -11,11 +11,12 @@ Writes:  WORKDIR/runs/NAME/ with checkpoints/, metrics.jsonl and tensorboard/, w
 The same command goes on from the newest checkpoint after an interruption, on the same
 or on another number of devices. SIGTERM saves a checkpoint and ends with status 143.
 Several processes (one a host) start with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES
-and JAX_PROCESS_ID set, or on a TPU pod, GKE or Slurm with --distributed.
+and JAX_PROCESS_ID set; on TPUs (of GKE too) and under Slurm --distributed finds them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from typing import TypeVar
 
@@ -29,12 +30,15 @@ from realm_retro.cli import common
 from realm_retro.errors import UserError
 from realm_retro.parallel import hosts
 from realm_retro.parallel.mesh import MeshConfig, make_mesh
+from realm_retro.realm.question_sets import QaConfig, RetrievalConfig
+from realm_retro.retrieval.refresh.config import RefreshConfig
 from realm_retro.retro import recipe as retro_recipe
 from realm_retro.train import loop
 from realm_retro.train.config import TrainConfig
 from realm_retro.train.metrics import format_seconds
 from realm_retro.train.optim import OptimizerConfig
 from realm_retro.train.recipe import Recipe
+from realm_retro.typing import JsonDict
 
 DISTRIBUTED = flags.DEFINE_bool(
     "distributed", False, "Let JAX find the other processes of this run by itself."
@@ -55,11 +59,7 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         optimizer=_build(config, "optimizer", OptimizerConfig),
         mesh=mesh,
         seed=values["seed"],
-        settings={
-            name: values[name]
-            for name in ("task", "model", "init", "pretrain", "ict", "qa")
-            if name in values
-        },
+        settings=decisive(config),
         report=common.say,
     )
     if not outcome.finished:
@@ -74,6 +74,30 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
             f"train: {outcome.step} steps in {format_seconds(outcome.seconds)},"
             f" {outcome.step / outcome.seconds:.2f} steps/s"
         )
+
+
+def decisive(config: ml_collections.ConfigDict) -> JsonDict:
+    """The sections of a config that decide the weights of its task.
+
+    They are fixed for the life of a run; the loop adds its own. What other tasks and
+    the evaluation read may change.
+    """
+    values = config_lib.as_dict(config)
+    names = {
+        "realm_pretrain": ("init", "pretrain"),
+        "realm_ict": ("init", "ict"),
+        "realm_finetune": ("init",),
+    }.get(values.get("task", "retro"), ())
+    found = {name: values[name] for name in ("task", "model", *names) if name in values}
+    if values.get("task") == "realm_finetune":
+        found["qa"] = _build(config, "qa", QaConfig).decisive
+        found["retrieval"] = dataclasses.asdict(
+            _build(config, "retrieval", RetrievalConfig)
+        )
+        # The beam is ranked by the stored vectors.
+        dtype = _build(config, "refresh", RefreshConfig).dtype
+        found["refresh"] = {"dtype": dtype}
+    return found
 
 
 def _recipe(

@@ -35,6 +35,7 @@ from realm_retro.typing import HostArray, JsonDict
 KIND = "answers"
 FORMAT_VERSION = 1  # also of the matching rule: an old artefact must not outlive it
 MADE_BY = "realm_retro.cli.find_answers"
+load_manifest = artifacts.loader(KIND, FORMAT_VERSION, MADE_BY)
 PARTS = ("offsets", "rows")
 
 _BATCH = 1024  # passages whose texts are in memory
@@ -89,14 +90,7 @@ class AnswerStore:
         Raises:
           UserError: it is missing, unfinished, damaged, or of other questions.
         """
-        manifest = artifacts.load(
-            directory,
-            kind=KIND,
-            format_version=FORMAT_VERSION,
-            made_by=MADE_BY,
-            parents=parents,
-            verify=verify,
-        )
+        manifest = load_manifest(directory, parents=parents, verify=verify)
         if manifest.config["questions"] != questions_lib.fingerprint(questions):
             raise UserError(
                 f"{directory}: was made for {manifest.config['num_questions']} other"

@@ -28,6 +28,7 @@ from realm_retro.typing import HostArray
 KIND = "chunks"
 FORMAT_VERSION = 1
 MADE_BY = "realm_retro.cli.prepare"
+load_manifest = artifacts.loader(KIND, FORMAT_VERSION, MADE_BY)
 TOKENIZER = "tokenizer.model"
 PARTS = ("tokens", "chunks", "documents", "strings")
 
@@ -194,23 +195,6 @@ class ChunkStore:
         tokens = np.where(mask, self.tokens[pair], self.tokenizer.pad_id)
         shape = (*ids.shape, 2 * self.chunk_length)
         return tokens.astype(np.int32).reshape(shape), mask.reshape(shape)
-
-
-def load_manifest(
-    directory: epath.PathLike,
-    *,
-    parents: Mapping[str, str] | None = None,
-    verify: bool = True,
-) -> artifacts.Manifest:
-    """The manifest of a finished store; see `ChunkStore.open`."""
-    return artifacts.load(
-        directory,
-        kind=KIND,
-        format_version=FORMAT_VERSION,
-        made_by=MADE_BY,
-        parents=parents,
-        verify=verify,
-    )
 
 
 def from_manifest(manifest: artifacts.Manifest) -> ChunkStore:

@@ -20,6 +20,7 @@ from realm_retro.typing import JsonDict
 KIND = "corpus"
 FORMAT_VERSION = 1
 MADE_BY = "realm_retro.cli.prepare"
+load_manifest = artifacts.loader(KIND, FORMAT_VERSION, MADE_BY)
 
 TFDS_PREFIX = "tfds:"
 _NAMED = 10  # places that a report names before it only counts
@@ -212,21 +213,4 @@ def open_stage(config: CorpusConfig, directory: epath.PathLike) -> artifacts.Sta
         config=settings,
         parents={},
         made_by=MADE_BY,
-    )
-
-
-def load_manifest(
-    directory: epath.PathLike, *, verify: bool = True
-) -> artifacts.Manifest:
-    """The manifest of a finished corpus.
-
-    Raises:
-      UserError: it is missing, unfinished or damaged.
-    """
-    return artifacts.load(
-        directory,
-        kind=KIND,
-        format_version=FORMAT_VERSION,
-        made_by=MADE_BY,
-        verify=verify,
     )

@@ -18,7 +18,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from realm_retro import artifacts, progress
-from realm_retro.data import records
+from realm_retro.data import records, tfds_source
 from realm_retro.data.corpus import (
     TFDS_PREFIX,
     Corpus,
@@ -112,7 +112,13 @@ def tfds_documents(config: CorpusConfig, report: Report) -> Iterator[Document]:
             f"config.corpus.source is {config.source!r}; name dataset and split, e.g."
             f" {TFDS_PREFIX}wiki40b/en:train"
         )
-    source = _tfds_records(name, split, config.data_dir)
+    source = tfds_source.open_split(
+        name,
+        split,
+        data_dir=config.data_dir,
+        setting="config.corpus.source",
+        dir_setting="config.corpus.data_dir",
+    )
     with progress.bar(total=len(source), unit="documents", label="corpus") as bar:
         for i in range(len(source)):
             origin = f"{name}:{split}[{i}]"
@@ -170,37 +176,3 @@ def _refuse_duplicates(hashes: np.ndarray, corpus: Corpus) -> None:
                 f" {one.id!r}; remove one, or set config.corpus.id_field to a field"
                 " that is unique (or to nothing)"
             )
-
-
-def _tfds_records(name: str, split: str, data_dir: str) -> Any:
-    what = f"config.corpus.source: the TFDS dataset {name!r}"
-    try:
-        builder: Any = tfds.builder(name, data_dir=data_dir or None, try_gcs=False)
-    except (ValueError, tfds.core.DatasetNotFoundError) as error:
-        raise UserError(f"{what} is not known ({_first_line(error)})") from None
-    if not builder.is_prepared():
-        try:
-            builder.download_and_prepare(file_format="array_record")
-        except Exception as error:  # whatever its own download code may raise
-            raise UserError(
-                f"{what} could not be prepared ({_first_line(error)}); prepare it"
-                " elsewhere with file_format='array_record' and set"
-                " config.corpus.data_dir"
-            ) from error
-    try:
-        return builder.as_data_source(split)
-    except NotImplementedError:
-        raise UserError(
-            f"{what} in {builder.data_dir} is not in array_record; prepare it with"
-            " file_format='array_record' in another folder and set"
-            " config.corpus.data_dir"
-        ) from None
-    except (ValueError, KeyError) as error:
-        raise UserError(
-            f"{what} has no split {split!r} ({_first_line(error)}); it has:"
-            f" {', '.join(builder.info.splits)}"
-        ) from None
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

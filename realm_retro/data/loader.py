@@ -7,6 +7,7 @@ any number of processes sees the same global batches, each reading its own rows.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -27,6 +28,19 @@ class RandomAccess(Protocol[T_co]):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> T_co: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Rows:
+    """A choice of a store's rows as a source of `batches`, items ``{"row": int}``."""
+
+    rows: HostArray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> dict[str, np.int64]:
+        return {"row": self.rows[index]}
 
 
 class Batches:

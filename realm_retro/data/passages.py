@@ -35,6 +35,7 @@ from realm_retro.typing import HostArray
 KIND = "passages"
 FORMAT_VERSION = 1
 MADE_BY = "realm_retro.cli.prepare"
+load_manifest = artifacts.loader(KIND, FORMAT_VERSION, MADE_BY)
 TOKENIZER = "tokenizer.json"
 PARTS = ("body", "passages", "titles", "documents", "strings", "texts")
 
@@ -290,23 +291,6 @@ class PassageStore:
         starts = self._records.starts
         shard = int(np.searchsorted(starts, document, side="right")) - 1
         return shard, document - 1 if document > starts[shard] else -1
-
-
-def load_manifest(
-    directory: epath.PathLike,
-    *,
-    parents: Mapping[str, str] | None = None,
-    verify: bool = True,
-) -> artifacts.Manifest:
-    """The manifest of a finished store; see `PassageStore.open`."""
-    return artifacts.load(
-        directory,
-        kind=KIND,
-        format_version=FORMAT_VERSION,
-        made_by=MADE_BY,
-        parents=parents,
-        verify=verify,
-    )
 
 
 def from_manifest(manifest: artifacts.Manifest) -> PassageStore:

@@ -11,6 +11,8 @@ A record is a JSON object, one a line; the file may be compressed (.gz, .xz):
   record's list ``candidates``.
 * ``answer_regex``: in their place, a regular expression or a list of them.
 * ``id`` (or ``question_id``): optional; file name and line otherwise.
+* ``document``: optional, the id of the document of the corpus that answers it (its gold
+  document); evaluation then counts how often that one is found.
 
 Everything else in a record is passed over.
 """
@@ -48,12 +50,14 @@ class Question:
       question: as asked.
       answers: at least one, none empty, none twice; in their order.
       is_regex: the answers are regular expressions that compile.
+      document: id of its gold document; empty where none is known.
     """
 
     id: str
     question: str
     answers: tuple[str, ...]
     is_regex: bool = False
+    document: str = ""
 
 
 def load_questions(
@@ -98,7 +102,10 @@ def load_questions(
 
 def fingerprint(questions: Sequence[Question]) -> str:
     """Of ids, questions and answers; the same wherever they were read from."""
-    return artifacts.fingerprint_of([dataclasses.astuple(q) for q in questions])
+    # Without `document`: which passages have an answer does not depend on it.
+    return artifacts.fingerprint_of(
+        [(q.id, q.question, q.answers, q.is_regex) for q in questions]
+    )
 
 
 def question_from(
@@ -121,8 +128,13 @@ def question_from(
             f" fields: {', '.join(record) or 'none'}"
         )
     identity = record.get("id", record.get("question_id", default_id))
-    if isinstance(identity, bool) or not isinstance(identity, str | int):
-        raise UserError(f"{origin}: 'id' is {_shown(identity)}, not a text or number")
+    document = record.get("document")
+    document = "" if document is None else document
+    for name, value in (("id", identity), ("document", document)):
+        if isinstance(value, bool) or not isinstance(value, str | int):
+            raise UserError(
+                f"{origin}: {name!r} is {_shown(value)}, not a text or number"
+            )
     given = [field for field in _ANSWER_FIELDS if record.get(field) is not None]
     if len(given) != 1:
         said = f"has both {' and '.join(given)}" if given else "has no answers"
@@ -136,7 +148,7 @@ def question_from(
         raise UserError(
             f"{origin}: {field!r} holds no answer; add one or drop the line"
         )
-    _check_unicode(str(identity), question, *answers, origin=origin)
+    _check_unicode(str(identity), question, str(document), *answers, origin=origin)
     for answer in answers:
         if not answer.strip():
             raise UserError(f"{origin}: {field!r} holds an empty answer; remove it")
@@ -147,6 +159,7 @@ def question_from(
         question=question,
         answers=tuple(dict.fromkeys(answers)),
         is_regex=field == "answer_regex",
+        document=str(document),
     )
 
 

@@ -23,6 +23,7 @@ from realm_retro.typing import HostArray, JsonDict
 KIND = "spans"
 FORMAT_VERSION = 1
 MADE_BY = "realm_retro.cli.tag_spans"
+load_manifest = artifacts.loader(KIND, FORMAT_VERSION, MADE_BY)
 PARTS = ("counts", "spans")
 TAGGERS = ("default", "spacy", "rules", "annotations")
 
@@ -215,20 +216,3 @@ def write_shard(
             path.open("wb") as file,
         ):
             np.save(file, array)
-
-
-def load_manifest(
-    directory: epath.PathLike,
-    *,
-    parents: Mapping[str, str] | None = None,
-    verify: bool = True,
-) -> artifacts.Manifest:
-    """The manifest of a finished store; see `SpanStore.open`."""
-    return artifacts.load(
-        directory,
-        kind=KIND,
-        format_version=FORMAT_VERSION,
-        made_by=MADE_BY,
-        parents=parents,
-        verify=verify,
-    )

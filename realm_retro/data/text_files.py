@@ -108,7 +108,7 @@ def _find(patterns: tuple[str, ...], report: Report) -> dict[str, pathlib.Path]:
         if not found:
             raise UserError(
                 f"config.corpus.path: {pattern!r} matches no file (looked from"
-                f" {pathlib.Path.cwd()})"
+                f" {pathlib.Path.cwd()}); known are {_known()}"
             )
         base = root if root.is_dir() and len(patterns) == 1 else None
         for path in found:
@@ -120,9 +120,13 @@ def _find(patterns: tuple[str, ...], report: Report) -> dict[str, pathlib.Path]:
     if not files:
         raise UserError(
             f"config.corpus.path: {', '.join(patterns)} holds no readable file; these"
-            f" are {', '.join(_KINDS)}, each also with {' or '.join(_OPENERS)}"
+            f" are {_known()}"
         )
     return dict(sorted(files.items()))
+
+
+def _known() -> str:
+    return f"{', '.join(_KINDS)}, each also with {' or '.join(_OPENERS)}"
 
 
 def _matches(root: pathlib.Path) -> list[pathlib.Path]:

@@ -91,7 +91,7 @@ def read_config(path: epath.Path, *, compute_dtype: str = "float32") -> BertConf
     """Reads a ``config.json``; see `load_safetensors`."""
     try:
         found: JsonDict = json.loads(path.read_text())
-        values = {ours: int(found[theirs]) for theirs, ours in SIZES.items()}
+        values: JsonDict = {ours: int(found[theirs]) for theirs, ours in SIZES.items()}
     except FileNotFoundError:
         raise UserError(
             f"{path}: is missing; config.encoder.path must name a folder with {CONFIG},"

@@ -7,6 +7,7 @@ import json
 import safetensors.numpy
 from etils import epath
 
+from realm_retro.arrays import flatten
 from realm_retro.errors import UserError
 from realm_retro.interop import bert as bert_lib
 from realm_retro.interop import name_table
@@ -45,7 +46,7 @@ def save(folder: epath.PathLike, kind: str, model: JsonDict, params: Params) -> 
     table = _table(kind, shape, model)
     if kind == BERT:
         params = {"bert": params["bert"]}
-    there = name_table.flatten(params).keys()
+    there = flatten(params).keys()
     for path in sorted(there ^ table.leaves.keys()):
         states = "lacks" if path in table.leaves else "has"
         raise UserError(

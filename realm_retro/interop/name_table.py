@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from realm_retro.arrays import flatten, unflatten
 from realm_retro.nn.bert import BertConfig
 from realm_retro.typing import HostArray, Params
 
@@ -101,30 +102,6 @@ def write(table: Table, params: Params) -> dict[str, HostArray]:
         value = slot.reshape(shape[::-1]).T if place.inputs else slot.reshape(shape)
         tensors[place.theirs] = np.ascontiguousarray(value)
     return tensors
-
-
-def flatten(tree: Params, prefix: str = "") -> dict[str, HostArray]:
-    """Nested dicts as ``a/b/c`` → leaf."""
-    flat = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{path}/")
-        else:
-            flat[path] = value
-    return flat
-
-
-def unflatten(flat: Mapping[str, HostArray]) -> dict[str, Any]:
-    """Undoes `flatten`."""
-    tree: dict[str, Any] = {}
-    for path, value in flat.items():
-        *folders, name = path.split("/")
-        node = tree
-        for folder in folders:
-            node = node.setdefault(folder, {})
-        node[name] = value
-    return tree
 
 
 def bert(config: BertConfig) -> Table:

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from realm_retro.arrays import ShardedArray
+from realm_retro.arrays import ShardedArray, flatten
 from realm_retro.errors import UserError
 from realm_retro.interop import bert as bert_lib
 from realm_retro.interop import name_table
@@ -286,5 +286,5 @@ def _unused(tensors: Tensors, *prefixes: str) -> tuple[str, ...]:
 
 
 def _equal(a: Params, b: Params) -> bool:
-    there = name_table.flatten(b)
-    return all(np.array_equal(x, there[k]) for k, x in name_table.flatten(a).items())
+    there = flatten(b)
+    return all(np.array_equal(x, there[k]) for k, x in flatten(a).items())

@@ -16,9 +16,8 @@ import safetensors.numpy
 from etils import epath
 
 from realm_retro import artifacts, progress
-from realm_retro.arrays import ShardedArray
+from realm_retro.arrays import ShardedArray, flatten, unflatten
 from realm_retro.errors import UserError
-from realm_retro.interop import name_table
 from realm_retro.interop.realm import Published
 from realm_retro.interop.tensors import read_safetensors
 from realm_retro.typing import HostArray
@@ -26,6 +25,7 @@ from realm_retro.typing import HostArray
 KIND = "weights"
 FORMAT_VERSION = 1
 MADE_BY = "realm_retro.cli.convert"
+load_manifest = artifacts.loader(KIND, FORMAT_VERSION, MADE_BY)
 
 WEIGHTS = "weights.safetensors"
 BLOCKS = "blocks.jsonl"
@@ -72,7 +72,7 @@ def write(
             safetensors.numpy.save_file(
                 {
                     name: np.ascontiguousarray(value)
-                    for name, value in name_table.flatten(published.parts).items()
+                    for name, value in flatten(published.parts).items()
                 },
                 path,
             )
@@ -105,22 +105,9 @@ def load(directory: epath.PathLike, *, verify: bool = True) -> Published:
     flat = read_safetensors(manifest.path(WEIGHTS))
     return Published(
         manifest.meta["model"],
-        name_table.unflatten(flat),
+        unflatten(flat),
         vectors,
         tuple(manifest.meta["unused"]),
-    )
-
-
-def load_manifest(
-    directory: epath.PathLike, *, verify: bool = True
-) -> artifacts.Manifest:
-    """The manifest of a finished conversion; see `load`."""
-    return artifacts.load(
-        directory,
-        kind=KIND,
-        format_version=FORMAT_VERSION,
-        made_by=MADE_BY,
-        verify=verify,
     )
 
 

@@ -30,14 +30,15 @@ def initialise(
 
     * ``JAX_COORDINATOR_ADDRESS`` (host:port of process 0), ``JAX_NUM_PROCESSES`` and
       ``JAX_PROCESS_ID`` in the environment, all three; or
-    * `detect`: JAX finds them itself on TPU pods, GKE, Slurm and Open MPI.
+    * `detect`: JAX finds them itself on TPU pods (GKE's too), Slurm and Open MPI.
 
     Args:
       detect: let JAX ask the cluster.
       environ: variables to read instead of the process's own.
 
     Raises:
-      UserError: only some of the variables are set, or they are not numbers.
+      UserError: only some of the variables are set, or they are not numbers; or there
+        is no cluster to ask.
     """
     environ = os.environ if environ is None else environ
     names = (COORDINATOR, NUM_PROCESSES, PROCESS_ID)
@@ -52,7 +53,13 @@ def initialise(
             ) from None
         jax.distributed.initialize(environ[COORDINATOR], count, index)
     elif detect:
-        jax.distributed.initialize()
+        try:
+            jax.distributed.initialize()
+        except ValueError as error:
+            raise UserError(
+                f"--distributed: JAX finds no cluster here ({error}); set"
+                f" {', '.join(names)} instead, or leave it out for a single process"
+            ) from None
     elif len(missing) < len(names):
         raise UserError(
             f"{', '.join(missing)} not set in the environment; set {', '.join(names)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from realm_retro import artifacts
 from realm_retro.nn.bert import ACTIVATIONS, BertConfig
 
 # Of the vocabulary that bert-base-uncased and its descendants share.
@@ -15,6 +16,24 @@ MASK_ID = 103
 
 POOLINGS = ("cls", "mean")
 MARGINALS = ("joint", "per_token")
+
+# What a passage's vector does not depend on, given the tower's weights. Any other
+# setting does change it, one that is yet to come included.
+_NOT_OF_VECTORS = frozenset(
+    [
+        "title_length",
+        "body_length",
+        "score_scale",
+        "dropout",
+        "marginal",
+        "candidates",
+        "query_length",
+        "max_masks",
+        "span_width",
+        "span_hidden",
+        "remat",
+    ]
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +77,8 @@ class RealmConfig:
       span_hidden: width inside the reader's span scorer.
       compute_dtype: dtype of the products in the BERTs; weights, vectors, scores and
         every softmax are float32.
+      remat: keep only the inputs of the BERTs' layers for the backward pass and compute
+        the rest anew: a third more work, and a fraction of the memory.
     """
 
     width: int
@@ -86,6 +107,7 @@ class RealmConfig:
     span_width: int = 10
     span_hidden: int = 256
     compute_dtype: str = "float32"
+    remat: bool = False
 
     def __post_init__(self) -> None:
         at_least_one = (
@@ -127,6 +149,18 @@ class RealmConfig:
             activation=self.activation,
             epsilon=self.epsilon,
             compute_dtype=self.compute_dtype,
+            remat=self.remat,
+        )
+
+    @property
+    def embedder_fingerprint(self) -> str:
+        """Of the settings that decide which vectors a document tower's weights give.
+
+        The lengths are not among them: passages say theirs themselves.
+        """
+        values = dataclasses.asdict(self)
+        return artifacts.fingerprint_of(
+            {name: values[name] for name in values if name not in _NOT_OF_VECTORS}
         )
 
     @property

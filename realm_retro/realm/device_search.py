@@ -9,6 +9,7 @@ jax.numpy, in the same order and with the same result.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from fractions import Fraction
 from typing import TYPE_CHECKING
 
 import jax
@@ -20,7 +21,7 @@ from realm_retro.data.passages import PassageStore
 from realm_retro.parallel import mesh as meshes
 from realm_retro.realm import model, objective, packing
 from realm_retro.realm.config import RealmConfig
-from realm_retro.realm.examples import Examples
+from realm_retro.realm.examples import COUNTS, Examples, lost_share
 from realm_retro.realm.live_index import InUse, LiveIndex
 from realm_retro.retrieval.index import sharded
 from realm_retro.train.recipe import Live
@@ -35,9 +36,11 @@ BATCH_SPEC = {
     **{name: objective.BATCH_SPEC[name] for name in _EXAMPLE},
     "original": ("batch", "length"),
     "own_document": ("batch",),
-    **{name: ("batch",) for name in _NOTES},
+    **{name: ("batch",) for name in (*_NOTES, *COUNTS)},
 }
 _SHINGLE = 5  # as in `candidates`
+# Of the share that makes a copy; its product with a number of runs fits an int32.
+_LARGEST_DENOMINATOR = 1000
 
 
 def live(examples: Examples, index: LiveIndex) -> Live:
@@ -56,6 +59,7 @@ def live(examples: Examples, index: LiveIndex) -> Live:
             "staleness": np.full(rows, step - found["index_step"]),
             "index_step": np.full(rows, found["index_step"]),
             "cut_spans": made["cut"],
+            **{name: made[name] for name in COUNTS},
         }
         return {
             **{name: made[name] for name in (*_EXAMPLE, "original")},
@@ -123,7 +127,8 @@ def loss_fn(
         rows = np.float32(len(vectors))
         notes = {name: (batch[name].sum(), rows) for name in _NOTES}
         notes |= {"own_hits": (own, rows), "copies": (copies, rows)}
-        return total, weight, {**metrics, **notes}
+        lost = {"lost_targets": lost_share(batch)}
+        return total, weight, {**metrics, **notes, **lost}
 
     return loss
 
@@ -139,7 +144,7 @@ def _choose(
     possible = there & ~own
     bodies = jnp.take(batch["all_body"], safe, axis=0).astype(jnp.int32)
     lengths = jnp.take(batch["all_body_len"], safe, axis=0)
-    copy = possible & (_shared(batch, bodies, lengths) >= copied)
+    copy = possible & _copies(batch, bodies, lengths, copied)
     keep = possible & ~copy
     order = jnp.argsort(~keep, axis=1, stable=True)[:, :wanted]
     chosen = jnp.where(
@@ -156,8 +161,12 @@ def _choose(
     return chosen, *counts
 
 
-def _shared(batch: Batch, bodies: Array, lengths: Array) -> Array:
-    """Share of each query's runs of five wordpieces that a body holds, [b, n]."""
+def _copies(
+    batch: Batch, bodies: Array, lengths: Array, copied: float
+) -> Bool[Array, "b n"]:
+    """Whether a body holds the share `copied` of a query's runs of five wordpieces."""
+    if copied > 1:
+        return jnp.zeros(bodies.shape[:2], bool)
     query, query_there = _runs(batch["original"], batch["query_len"])
     body, body_there = _runs(bodies, lengths)
     same = query[:, None, :, None] == body[:, :, None, :]
@@ -166,7 +175,10 @@ def _shared(batch: Batch, bodies: Array, lengths: Array) -> Array:
     earlier = jnp.tril(query[:, :, None] == query[:, None, :], -1)
     first = query_there & ~(earlier & query_there[:, None, :]).any(-1)
     total = first.sum(-1)[:, None]
-    return (found & first[:, None, :]).sum(-1) / jnp.maximum(total, 1)
+    held = (found & first[:, None, :]).sum(-1)
+    # In whole numbers: a device may round a quotient to the other side of `copied`.
+    share = Fraction(copied).limit_denominator(_LARGEST_DENOMINATOR)
+    return (total > 0) & (held * share.denominator >= total * share.numerator)
 
 
 def _runs(ids: Array, lengths: Array) -> tuple[Array, Bool[Array, "*axes runs"]]:

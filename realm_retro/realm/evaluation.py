@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -11,6 +11,9 @@ from realm_retro.text import answers
 from realm_retro.typing import HostArray, JsonDict
 
 MEASURES = ("exact_match", "f1", "regex_match")
+
+# Rows of gold documents where there is none: unknown, or not in the corpus.
+NO_GOLD, GOLD_ELSEWHERE = -1, -2
 
 _RESAMPLES = 2000
 _ROWS_AT_ONCE = 1 << 22
@@ -27,6 +30,42 @@ def recall(has: HostArray, k: int) -> HostArray:
       float64 [questions], 0 or 1.
     """
     return np.asarray(has[:, :k].any(axis=1), np.float64)
+
+
+def gold_rows(questions: Sequence[Question], documents: Iterable[str]) -> HostArray:
+    """The gold document of each question.
+
+    Args:
+      questions: see `Question.document`.
+      documents: ids of the corpus, in its order.
+
+    Returns:
+      int64 [questions], places in `documents`; `NO_GOLD` where a question names none,
+      `GOLD_ELSEWHERE` where it is not among them.
+    """
+    named = {question.document for question in questions} - {""}
+    rows = {
+        identity: row for row, identity in enumerate(documents) if identity in named
+    }
+    rows[""] = NO_GOLD
+    found = [rows.get(question.document, GOLD_ELSEWHERE) for question in questions]
+    return np.asarray(found, np.int64)
+
+
+def gold_recall(found: HostArray, gold: HostArray, k: int) -> HostArray:
+    """Whether one of the first k passages is of the question's gold document.
+
+    Args:
+      found: int64 [questions, found], the document of each passage, best first; −1
+        where fewer were found.
+      gold: int64 [questions], of `gold_rows`; a document that is elsewhere is a miss.
+      k: how many count; where fewer were found, these.
+
+    Returns:
+      float64 [questions], 0 or 1; NaN where a question has no gold document.
+    """
+    hit = (found[:, :k] == gold[:, None]) & (gold[:, None] >= 0)
+    return np.where(gold == NO_GOLD, np.nan, hit.any(axis=1))
 
 
 def scores(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,9 +19,11 @@ from realm_retro.data.span_store import SpanStore
 from realm_retro.errors import UserError
 from realm_retro.realm.config import MASK_ID, RealmConfig
 from realm_retro.text import masking
-from realm_retro.typing import HostArray
+from realm_retro.typing import Array, Batch, HostArray
 
 MASKINGS = ("salient", "span", "tokens")
+# What a batch counts for `lost_share`, one number an example.
+COUNTS = ("wanted_targets", "lost_targets")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +57,10 @@ class Examples:
           all as `objective.pretrain_loss` wants them; ``original`` int32 [b, q], the
           query before masking; ``row`` int64 [b], its passage; ``cut`` int32 [b],
           salient spans that could not be chosen because the query's borders cut them
-          or because they are longer than `RealmConfig.max_masks`.
+          or because they are longer than `RealmConfig.max_masks`; ``wanted_targets``
+          and ``lost_targets`` int32 [b], wordpieces that were to be masked and those
+          of them that these two limits take away. With the masking ``salient`` they
+          are those of all spans of the passage, of which one is drawn.
         """
         rows = self.batches[step]["row"]
         made = [
@@ -67,9 +73,11 @@ class Examples:
     def _example(
         self, row: int, rng: np.random.Generator
     ) -> Mapping[str, HostArray | np.int32]:
-        start, stop, spans, cut = self._sentence(row, rng)
+        start, stop, spans, counts = self._sentence(row, rng)
         ids = self.store.body[row][start:stop].astype(np.int32)
-        positions = self._positions(ids, spans, rng)
+        positions, lost = self._positions(ids, spans, rng)
+        if self.spans is None:
+            counts = _Counts(cut=0, wanted=len(positions) + lost, lost=lost)
         q, j = self.config.query_length, self.config.max_masks
         original = np.zeros(q, np.int32)
         original[: len(ids)] = ids
@@ -85,13 +93,15 @@ class Examples:
             "mask_positions": padded,
             "targets": targets,
             "target_mask": np.arange(j) < len(positions),
-            "cut": np.int32(cut),
+            "cut": np.int32(counts.cut),
+            "wanted_targets": np.int32(counts.wanted),
+            "lost_targets": np.int32(counts.lost),
         }
 
     def _sentence(
         self, row: int, rng: np.random.Generator
-    ) -> tuple[int, int, HostArray, int]:
-        """[start, stop) of a sentence, its salient spans, and how many were cut."""
+    ) -> tuple[int, int, HostArray, _Counts]:
+        """[start, stop) of a sentence, its salient spans, and the passage's counts."""
         limit = self.config.query_length
         borders = [
             (start, min(stop, start + limit))
@@ -99,7 +109,7 @@ class Examples:
         ]
         if self.spans is None:
             start, stop = borders[rng.integers(len(borders))]
-            return start, stop, np.zeros((0, 2), np.int32), 0
+            return start, stop, np.zeros((0, 2), np.int32), _Counts(0, 0, 0)
         of_passage = self.spans.of(row)
         found = []
         for start, stop in borders:
@@ -107,24 +117,55 @@ class Examples:
             usable = masking.usable_spans(stop - start, inside, self.config.max_masks)
             if len(usable):
                 found.append((start, stop, usable))
-        lost = len(of_passage) - sum(len(usable) for _, _, usable in found)
+        kept = [usable for _, _, usable in found]
+        wanted = _pieces(of_passage)
+        counts = _Counts(
+            cut=len(of_passage) - sum(map(len, kept)),
+            wanted=wanted,
+            lost=wanted - sum(map(_pieces, kept)),
+        )
         if not found:
             start, stop = borders[rng.integers(len(borders))]
-            return start, stop, np.zeros((0, 2), np.int32), lost
-        return *found[rng.integers(len(found))], lost
+            return start, stop, np.zeros((0, 2), np.int32), counts
+        return *found[rng.integers(len(found))], counts
 
     def _positions(
         self, ids: HostArray, spans: HostArray, rng: np.random.Generator
-    ) -> HostArray:
+    ) -> tuple[HostArray, int]:
+        """Positions, int32 [j], and how many more a random mask would have had."""
         most = self.config.max_masks
         if self.masking == "tokens":
             return masking.mask_random_tokens(len(ids), rng, most)
         if self.masking == "salient":
             # None where every span of the passage was cut: the example weighs nothing,
             # and `cut` says so.
-            return masking.mask_salient(len(ids), spans, rng, most)
+            return masking.mask_salient(len(ids), spans, rng, most), 0
         words = masking.word_spans(ids, self.store.continuations)
         return masking.mask_random_span(words, rng, most)
+
+
+class _Counts(NamedTuple):
+    """What the limits cost.
+
+    Attributes:
+      cut: salient spans that cannot be masked whole.
+      wanted: wordpieces to be masked.
+      lost: those of them that are not.
+    """
+
+    cut: int
+    wanted: int
+    lost: int
+
+
+def _pieces(spans: HostArray) -> int:
+    """Wordpieces of spans, int [s, 2], together."""
+    return int((spans[:, 1].astype(np.int64) - spans[:, 0]).sum())
+
+
+def lost_share(batch: Batch) -> tuple[Array, Array]:
+    """The share of targets that are lost, as a metric: sum and weight."""
+    return batch["lost_targets"].sum(), batch["wanted_targets"].sum()
 
 
 def make(
@@ -161,21 +202,8 @@ def make(
             f"{store.manifest.directory}: no training passage has anything to mask"
             f" (config.pretrain.masking={masking}); add text, or use masking=span"
         )
-    order = loader.batches(_Rows(rows), seed=seed, batch_size=batch_size)
+    order = loader.batches(loader.Rows(rows), seed=seed, batch_size=batch_size)
     return Examples(store, spans, config, masking, seed, rows, order)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    """A list of passages as what `loader.batches` shuffles."""
-
-    rows: HostArray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, np.int64]:
-        return {"row": self.rows[index]}
 
 
 def _has_usable_span(spans: SpanStore, most: int) -> HostArray:

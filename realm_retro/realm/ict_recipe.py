@@ -57,7 +57,8 @@ def make(
             " a passage from the others of its batch; use 2 or more"
         )
     rows = store.passages_of(chunk_store.TRAIN)
-    order = loader.batches(_Rows(rows), seed=seed, batch_size=train.batch_size)
+    source = loader.Rows(rows)
+    order = loader.batches(source, seed=seed, batch_size=train.batch_size)
 
     def batch_at(step: int) -> dict[str, HostArray]:
         chosen = order[step]["row"]
@@ -111,14 +112,3 @@ def make(
         fingerprint=store.fingerprint,
         weights=weights,
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rows:
-    rows: HostArray
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> dict[str, np.int64]:
-        return {"row": self.rows[index]}

@@ -2,21 +2,28 @@
 
 Everything here happens on the host. The model's search is never differentiated: it
 only says which passages are candidates, and `objective` scores them anew.
+
+Of several processes the first one looks at the shared folder, publishes and decides;
+see `lockstep`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from concurrent import futures
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from realm_retro.arrays import ShardedArray
 from realm_retro.errors import UserError
-from realm_retro.realm import search
+from realm_retro.parallel import hosts
+from realm_retro.realm import lockstep, search
 from realm_retro.realm.config import RealmConfig
 from realm_retro.retrieval import refresh
 from realm_retro.retrieval.refresh import (
@@ -35,6 +42,8 @@ MODES: tuple[Mode, ...] = ("inline", "workers", "never")
 # Of the probe set that an adaptive schedule is driven by.
 _PROBES = 2048
 _PROBE_K = 10
+# Several processes agree every so many steps: they wait for the device each time.
+_AGREE_EVERY = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,11 +52,13 @@ class InUse:
 
     Attributes:
       index: what `LiveIndex` builds of vectors.
-      version: its vectors.
+      version: its vectors' artefact.
+      vectors: memory-mapped, and so readable when the version is deleted.
     """
 
     index: Any
     version: Version
+    vectors: ShardedArray
 
 
 class LiveIndex:
@@ -62,11 +73,12 @@ class LiveIndex:
         mode: Mode,
         target: Target,
         make_embedder: MakeEmbedder,
-        build: Callable[[HostArray], Any],
+        build: Callable[[ShardedArray], Any],
+        depth: int = 0,
         keep_checkpoints: int = 2,
         report: Callable[[str], None] = print,
     ):
-        """There is no index yet; see `start` and `resume`.
+        """There is no index yet; see `current` and `resume`.
 
         Args:
           root: the folder shared with workers.
@@ -77,26 +89,30 @@ class LiveIndex:
             ``realm_retro.cli.refresh_index``; ``never`` keeps the first.
           target: what a version holds.
           make_embedder: parameters → what embeds passages with them.
-          build: vectors float32 [N, d] → what is searched: `search.build_index`, or
-            the vectors on the devices.
+          build: vectors [N, d] → what is searched: an index of the host, or the vectors
+            on the devices.
+          depth: how many steps ahead of its use an index is asked; they count as
+            staleness.
           keep_checkpoints: how many checkpoints stay; their indexes do too.
           report: takes one line.
         """
         self._root, self._config, self._mode = root, config, mode
         self._settings, self._target = settings, target
         self._make_embedder, self._build = make_embedder, build
-        self._keep, self._report = keep_checkpoints, report
+        self._depth, self._keep = depth, keep_checkpoints
+        self._report = report
         self._schedule = settings.schedule()
         self._swapper = Swapper(
             root,
             parents=target.parents,
             poll_seconds=settings.poll_seconds,
-            report=report,
+            marks=hosts.is_main(),
+            report=self._report,
         )
         self._step = 0
         self._saved: list[int] = []
         self._publishing: Future[None] | None = None
-        self._building: tuple[Version, Future[Any]] | None = None
+        self._building: Future[InUse] | None = None
         self._pool = ThreadPoolExecutor(2, thread_name_prefix="index")
         self._in_use: InUse | None = None
         # Vectors of queries that measure how fast the embedder moves. Set in the loop's
@@ -106,9 +122,9 @@ class LiveIndex:
     def current(self, step: int, params: Params) -> InUse:
         """The index to ask at `step`; the first is made of `params` here."""
         if self._in_use is None:
-            refresh.begin_training(self._root, step=step)
+            self._begin_training(step)
             self._report(f"index: embedding {self._target.num_rows:,} passages")
-            self._adopt(self._inline(step, params))
+            self._use(self._made(self._inline(step, params)))
         assert self._in_use is not None
         return self._in_use
 
@@ -119,29 +135,37 @@ class LiveIndex:
             return
         step, params = loop.step, loop.state.params
         if self._mode == "inline":
-            if self._schedule.due(step):
-                self._adopt(self._inline(step, params), step=step)
+            if self._schedule.due(step) or self._too_stale(step):
+                self._use(self._made(self._inline(step, params)), step)
                 self._schedule = self._schedule.published(step)
             return
         if self._schedule.due(step):
             self._publish(step, params)
-        self._take_newer(step, params)
+        if self._publishing is not None and self._publishing.done():
+            self._finish_publishing()  # an error of the thread comes up here
+        one = jax.process_count() == 1
+        if one or self._too_stale(step) or step % _AGREE_EVERY == 0:
+            self._take_newer(loop)
 
     def end(self) -> None:
         """Tells the workers that the training is over."""
         self._finish_publishing()
-        refresh.end_training(self._root)
+        if hosts.is_main():
+            refresh.end_training(self._root)
 
     def carry(self) -> JsonDict:
         """What a checkpoint has to remember; its index is kept until it is gone."""
         if self._in_use is None:
             return {}
-        step = self._in_use.version.step
-        self._saved = [*self._saved, step][-self._keep :]
+        version = self._in_use.version
+        # One more than there are checkpoints: the oldest goes only when this one is
+        # whole, and until then a restart goes on from it.
+        self._saved = [*self._saved, version.step][-self._keep - 1 :]
         self._swapper.hold(self._saved)
         return {
             "step": self._step,
-            "version": step,
+            "version": version.step,
+            "fingerprint": version.fingerprint,
             "held": self._saved,
             "schedule": self._schedule.as_meta(),
         }
@@ -150,52 +174,66 @@ class LiveIndex:
         """Goes on with the index that a checkpoint used.
 
         Raises:
-          UserError: it is not there any more.
+          UserError: it is not there any more, or another is in its place.
         """
         if not carried:
             return
+        again = "train anew under another --config.name"
         try:
             version = refresh.open_version(
                 self._root, carried["version"], parents=self._target.parents
             )
         except UserError as error:
+            raise UserError(f"{error}; or {again}") from None
+        if version.fingerprint != carried["fingerprint"]:
             raise UserError(
-                f"{error}; or train anew under another --config.name"
-            ) from None
+                f"{version.manifest.directory}: is not the index that the checkpoint of"
+                f" step {carried['step']} was trained with; another training has used"
+                f" {self._root}: {again}"
+            )
         # An older checkpoint's too: the newest may turn out to be damaged.
         self._saved = list(carried["held"])
         self._swapper.hold(self._saved)
         self._step = carried["step"]
-        refresh.begin_training(self._root, step=self._step)
+        self._begin_training(self._step)
         self._schedule = self._schedule.resumed(carried["schedule"])
-        self._adopt(version)
+        self._use(self._made(version))
+
+    def _begin_training(self, step: int) -> None:
+        if hosts.is_main():
+            refresh.begin_training(self._root, step=step)
+        hosts.barrier("the folder of the index is ready")
 
     def _inline(self, step: int, params: Params) -> Version:
-        arrays = {
-            name: np.asarray(x)
-            for name, x in search.tower_arrays(self._config, params).items()
-        }
-        return refresh.refresh_inline(
-            self._root,
-            step,
-            arrays,
-            self._make_embedder,
-            self._target,
-            keep=self._settings.keep,
-            lease_seconds=self._settings.lease_seconds,
-            report=lambda _: None,
-        )
+        """A version of these weights, made by the first process."""
+        tower = search.tower_arrays(self._config, params)
+        arrays = {name: lockstep.readable(x) for name, x in tower.items()}
+        made = None
+        if hosts.is_main():
+            made = refresh.refresh_inline(
+                self._root,
+                step,
+                {name: np.asarray(x) for name, x in arrays.items()},
+                self._make_embedder,
+                self._target,
+                keep=self._settings.keep,
+                lease_seconds=self._settings.lease_seconds,
+                report=_ignore,
+            )
+        hosts.barrier(f"the index of step {step} is made")
+        return made or self._swapper.follow(step)
 
-    def _adopt(self, version: Version, *, step: int | None = None) -> None:
-        vectors = _whole(version)
-        self._use(InUse(self._build(vectors), version), vectors, step)
+    def _made(self, version: Version) -> InUse:
+        """The index of a version; takes long, and reads all vectors."""
+        vectors = refresh.load_vectors(version)
+        return InUse(self._build(vectors), version, vectors)
 
-    def _use(self, new: InUse, vectors: HostArray, step: int | None) -> None:
+    def _use(self, new: InUse, step: int | None = None) -> None:
         old, self._in_use = self._in_use, new
         self._swapper.adopt(new.version)
         if old is None or step is None:
             return
-        shared = self._overlap(old.version, vectors)
+        shared = self._overlap(old.vectors, new.vectors)
         steps = new.version.step - old.version.step
         if shared is not None:
             self._schedule = self._schedule.measured(shared, steps=steps)
@@ -205,75 +243,98 @@ class LiveIndex:
             + f", next after {self._schedule.interval} steps"
         )
 
-    def _overlap(self, old: Version, fresh: HostArray) -> float | None:
+    def _overlap(self, old: ShardedArray, new: ShardedArray) -> float | None:
+        """Reads a few rows alone: the device waits if this takes long."""
         if self.probe is None:
             return None
-        rows = np.linspace(0, len(fresh) - 1, min(_PROBES, len(fresh))).astype(np.int64)
-        stale = np.asarray(refresh.load_vectors(old)[rows], np.float32)
+        rows = np.linspace(0, len(new) - 1, min(_PROBES, len(new))).astype(np.int64)
+        stale, fresh = (np.asarray(x[rows], np.float32) for x in (old, new))
         k = min(_PROBE_K, len(rows))
-        return refresh.topk_overlap(np.asarray(self.probe), stale, fresh[rows], k=k)
+        shared = refresh.topk_overlap(np.asarray(self.probe), stale, fresh, k=k)
+        # Ties may be broken differently on another host, and the interval with them.
+        return float(hosts.broadcast(np.float32(shared)))
 
     def _publish(self, step: int, params: Params) -> None:
         """Hands a copy of the tower to a thread: the loop does not wait for it."""
         self._finish_publishing()
-        copied: Mapping[str, Array] = {
-            name: jnp.copy(x)
-            for name, x in search.tower_arrays(self._config, params).items()
-        }
+        tower = search.tower_arrays(self._config, params)
+        copied = {name: _copy(lockstep.readable(x)) for name, x in tower.items()}
+        meta = {"schedule": self._schedule.as_meta()}
+        self._schedule = self._schedule.published(step)
+        if not hosts.is_main():
+            return
 
         def publish() -> None:
             refresh.publish_snapshot(
                 self._root,
                 step,
                 {name: np.asarray(x) for name, x in copied.items()},
-                meta={"schedule": self._schedule.as_meta()},
+                meta=meta,
                 parents=self._target.parents,
                 keep=self._settings.keep,
             )
 
         self._publishing = self._pool.submit(publish)
-        self._schedule = self._schedule.published(step)
 
     def _finish_publishing(self) -> None:
         if self._publishing is not None:
             self._publishing.result()
             self._publishing = None
 
-    def _take_newer(self, step: int, params: Params) -> None:
-        if self._publishing is not None and self._publishing.done():
-            self._finish_publishing()  # an error of the thread comes up here
-        limit = self._settings.max_staleness
-        version = self._swapper.poll(step)
-        if limit and version is None:
-            version = self._swapper.wait_for_fresh(
-                step, max_staleness=limit, publish=lambda: self._now(step, params)
-            )
-            if version is not None:
-                self._building = None
-                self._adopt(version, step=step)
-                return
-        if version is not None:
-            vectors = self._pool.submit(_whole, version)
-            self._building = (
-                version,
-                self._pool.submit(lambda: self._build(vectors.result())),
-            )
-        if self._building is not None and (
-            self._building[1].done() or self._too_stale(step)
-        ):
-            ready, index = self._building
-            self._building = None
-            self._use(InUse(index.result(), ready), _whole(ready), step)
+    def _take_newer(self, loop: LoopState) -> None:
+        """Begins to build an index that is there, and uses one that is built."""
+        main, stale = hosts.is_main(), self._too_stale(loop.step)
+        version = self._look(loop, stale=stale) if main else None
+        begin = self._decided(loop, version.step if version else -1)
+        if begin >= 0:
+            version = version or self._swapper.follow(begin)
+            self._building = self._pool.submit(self._made, version)
+        built = main and self._is_built(loop, wait=stale)
+        if self._decided(loop, built) and self._building is not None:
+            new, self._building = self._building.result(), None
+            self._use(new, loop.step)
+
+    def _look(self, loop: LoopState, *, stale: bool) -> Version | None:
+        """The first process: a newer version, which it waits for if it has to."""
+        if not stale:
+            # One after the other, or an index that takes long to build is never used.
+            return None if self._building else self._swapper.poll(loop.step)
+
+        def publish() -> None:
+            lockstep.publish(lambda: self._publish(loop.step, loop.state.params))
+            self._finish_publishing()
+
+        return self._swapper.wait_for_fresh(
+            loop.step,
+            max_staleness=self._settings.max_staleness,
+            ahead=self._depth,
+            publish=publish,
+            should_stop=lambda: lockstep.told_to_stop(loop),
+        )
+
+    def _is_built(self, loop: LoopState, *, wait: bool) -> bool:
+        """The first process: whether there is a new index to use."""
+        if self._building is None:
+            return False
+        seconds = self._settings.poll_seconds
+        while wait and not self._building.done() and not lockstep.told_to_stop(loop):
+            futures.wait([self._building], timeout=seconds)
+        return self._building.done()
+
+    def _decided(self, loop: LoopState, decision: int) -> int:
+        step, params = loop.step, loop.state.params
+        return lockstep.decide(loop, decision, lambda: self._publish(step, params))
 
     def _too_stale(self, step: int) -> bool:
         limit = self._settings.max_staleness
         assert self._in_use is not None
-        return bool(limit) and step - self._in_use.version.step > limit
-
-    def _now(self, step: int, params: Params) -> None:
-        self._publish(step, params)
-        self._finish_publishing()
+        return bool(limit) and step + self._depth - self._in_use.version.step > limit
 
 
-def _whole(version: Version) -> HostArray:
-    return np.asarray(refresh.load_vectors(version)[:], np.float32)
+def _copy(x: Array | HostArray) -> Array | HostArray:
+    # The next step takes the memory of the weights.
+    return jnp.copy(x) if isinstance(x, jax.Array) else x
+
+
+def _ignore(_: object) -> None:
+    pass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,21 +12,33 @@ import numpy as np
 from jax.sharding import Mesh
 
 from realm_retro import artifacts
+from realm_retro.arrays import ShardedArray
 from realm_retro.data.passages import PassageStore
 from realm_retro.errors import UserError
 from realm_retro.parallel import mesh as meshes
-from realm_retro.realm import candidates, device_search, model, objective, search
+from realm_retro.realm import (
+    candidates,
+    device_search,
+    lockstep,
+    model,
+    objective,
+    search,
+)
 from realm_retro.realm.config import RealmConfig
-from realm_retro.realm.examples import MASKINGS, Examples
+from realm_retro.realm.examples import COUNTS, MASKINGS, Examples, lost_share
 from realm_retro.realm.live_index import MODES, InUse, LiveIndex, Mode
 from realm_retro.retrieval.index import sharded
+from realm_retro.retrieval.index.base import Index
 from realm_retro.train.config import TrainConfig
 from realm_retro.train.recipe import Live, LoopState, Recipe
 from realm_retro.typing import Array, Batch, HostArray, JsonDict, PyTree
 
 # What a batch says about itself, one number an example; reported as means.
 _NOTES = ("staleness", "index_step", "cut_spans", "own_hits", "copies")
-BATCH_SPEC = {**objective.BATCH_SPEC, **{name: ("batch",) for name in _NOTES}}
+BATCH_SPEC = {
+    **objective.BATCH_SPEC,
+    **{name: ("batch",) for name in (*_NOTES, *COUNTS)},
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +56,8 @@ class PretrainConfig:
         mesh, inside the step.
       index: of the host: ``exact``, ``scann`` or ``auto``.
       vectors: dtype of the vectors on the devices, ``float32`` or ``bfloat16``.
-      recall_target: of the search on the devices; see `sharded.search`.
+      recall_target: of the search on the devices, above 0; 1 is exact. See
+        `sharded.search`.
       extra: hits beyond k − 1 that are searched for, so that enough are left when those
         that give the answer away are taken out.
       copied: a hit that holds this share of the query's runs of five wordpieces is a
@@ -77,6 +89,11 @@ class PretrainConfig:
                 raise UserError(
                     f"config.pretrain.{name}={getattr(self, name)!r}; choose {known}"
                 )
+        if not 0 < self.recall_target <= 1:
+            raise UserError(
+                f"config.pretrain.recall_target={self.recall_target} must be above 0"
+                " and at most 1"
+            )
         if self.extra < 0 or self.copied <= 0:
             raise UserError(
                 f"config.pretrain.extra={self.extra} must not be negative, and copied="
@@ -116,9 +133,11 @@ def make(
             f" config.model.candidates={config.candidates}; add text or lower it"
         )
 
-    def end(loop: LoopState) -> None:
-        if loop.step == train.steps:
+    def refresh(loop: LoopState) -> None:
+        if loop.step == train.steps:  # no step is left that would ask an index
             index.end()
+        else:
+            index.after_step(loop)
 
     on_device = settings.placement == "device"
     b, k = train.batch_size, config.candidates
@@ -126,7 +145,7 @@ def make(
     if examples.spans is not None:
         parents.append(examples.spans.fingerprint)
     return Recipe(
-        description=_description(config, examples, train, mesh),
+        description=_description(config, settings, examples, train, mesh),
         init=lambda key: model.init(config, key, model.PRETRAINING),
         loss=(
             device_search.loss_fn(config, settings, mesh, store)
@@ -142,19 +161,39 @@ def make(
         tokens_per_step=b * k * config.joint_tokens,
         flops_per_step=flops(config, b),
         fingerprint=artifacts.fingerprint_of(parents),
-        hooks=(index.after_step, end),
+        hooks=(refresh,),
         weights=weights,
         shared=device_search.tables(index, store, mesh) if on_device else None,
     )
 
 
-def index_builder(settings: PretrainConfig, mesh: Mesh) -> Callable[[HostArray], Any]:
-    """What `LiveIndex` makes of vectors: an index of the host, or their copy there."""
-    if settings.placement == "host":
-        return functools.partial(search.build_index, backend=settings.index)
-    return functools.partial(
-        sharded.place, mesh=mesh, dtype=jnp.dtype(settings.vectors)
-    )
+def index_builder(
+    config: RealmConfig,
+    settings: PretrainConfig,
+    mesh: Mesh,
+    report: Callable[[str], Any],
+) -> Callable[[ShardedArray], Any]:
+    """What `LiveIndex` makes of vectors: an index of the host, or their copy there.
+
+    Args:
+      config: the model's.
+      settings: which.
+      mesh: the devices that train.
+      report: takes a line about each index of the host that is not exact.
+    """
+
+    def on_host(vectors: ShardedArray) -> Index:
+        return search.build_index(
+            np.asarray(vectors[:], np.float32),
+            backend=settings.index,
+            k=_searched(config, settings),
+            report=report,
+        )
+
+    def on_devices(vectors: ShardedArray) -> Array:
+        return sharded.place(vectors, mesh, dtype=jnp.dtype(settings.vectors))
+
+    return on_host if settings.placement == "host" else on_devices
 
 
 def loss_fn(config: RealmConfig, mesh: Mesh):
@@ -167,7 +206,8 @@ def loss_fn(config: RealmConfig, mesh: Mesh):
             )
         rows = np.float32(len(batch["query"]))
         notes = {name: (batch[name].sum(), rows) for name in _NOTES}
-        return total, weight, {**metrics, **notes}
+        lost = {"lost_targets": lost_share(batch)}
+        return total, weight, {**metrics, **notes, **lost}
 
     return loss
 
@@ -201,7 +241,7 @@ def _live(
             made[step] = examples(step)
         return made[step]
 
-    def ask(step: int, params: PyTree) -> tuple[Array, InUse]:
+    def ask(step: int, params: PyTree) -> tuple[Array | HostArray, InUse]:
         batch = examples_at(step)
         # Chosen here, in the loop's thread: a swap must not race with the search.
         in_use = index.current(step, params)
@@ -209,21 +249,20 @@ def _live(
         vectors = search.query_vectors(
             config, tower, batch["query"], batch["query_len"]
         )
-        index.probe = vectors
+        index.probe = vectors = lockstep.readable(vectors)
         return vectors, in_use
 
-    def find(step: int, asked: tuple[Array, InUse]) -> JsonDict:
+    def find(step: int, asked: tuple[Array | HostArray, InUse]) -> JsonDict:
         batch, (vectors, in_use) = examples_at(step), asked
         queries = np.asarray(vectors)
-        wanted = config.candidates - 1
-        hits = in_use.index.search(queries, max(1, wanted + settings.extra))
+        hits = in_use.index.search(queries, _searched(config, settings))
         chosen = candidates.choose(
             hits.ids,
             store,
             rows=batch["row"],
             queries=batch["original"],
             lengths=batch["query_len"],
-            wanted=wanted,
+            wanted=config.candidates - 1,
             copied=settings.copied,
         )
         return {
@@ -244,6 +283,7 @@ def _live(
             "cut_spans": queries["cut"],
             "own_hits": np.asarray(found["own"]),
             "copies": np.asarray(found["copies"]),
+            **{name: queries[name] for name in COUNTS},
         }
         return {
             **{n: queries[n] for n in objective.BATCH_SPEC if n in queries},
@@ -254,17 +294,29 @@ def _live(
     return Live(settings.depth, ask, find, batch, index.carry, index.resume)
 
 
+def _searched(config: RealmConfig, settings: PretrainConfig) -> int:
+    """How many hits are asked for; the null document is no hit."""
+    return max(1, config.candidates - 1 + settings.extra)
+
+
 def _description(
-    config: RealmConfig, examples: Examples, train: TrainConfig, mesh: Mesh
+    config: RealmConfig,
+    settings: PretrainConfig,
+    examples: Examples,
+    train: TrainConfig,
+    mesh: Mesh,
 ) -> str:
     shapes = jax.eval_shape(
         lambda: model.init(config, jax.random.key(0), model.PRETRAINING)
     )
     size = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     epochs = train.steps * train.batch_size / len(examples.rows)
+    searched = ""
+    if settings.placement == "device":
+        searched = f" that search with a recall target of {settings.recall_target}"
     return (
         f"REALM with {size / 1e6:.1f}M parameters, {len(examples.rows):,} passages to"
         f" ask from, {len(examples.store):,} to retrieve, {config.candidates}"
         f" candidates, {train.steps} steps = {epochs:.1f} epochs, {mesh.size}"
-        f" device{'s' if mesh.size > 1 else ''}"
+        f" device{'s' if mesh.size > 1 else ''}{searched}"
     )

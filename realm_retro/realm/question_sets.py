@@ -9,10 +9,13 @@ from collections.abc import Sequence
 
 from realm_retro.data.questions import Question, load_questions
 from realm_retro.errors import UserError
+from realm_retro.typing import JsonDict
 
 # Comes with the package: questions over the quickstart's corpus.
 VITAL = "vital_questions"
 INDEXES = ("auto", "exact", "scann")
+# Of section ``qa``: what evaluation alone reads, and where data lies, not which.
+_FREE = ("test", "data_dir", "eval_batch_size", "recall_at", "bm25")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,7 +25,7 @@ class RetrievalConfig:
     Attributes:
       depth: 1 searches for the next batch while the device takes a step, with weights
         one step older; 0 waits for the search.
-      index: ``exact``, ``scann`` or ``auto``.
+      index: ``exact``, ``scann`` or ``auto``; see `search.build_index`.
     """
 
     depth: int = 1
@@ -87,6 +90,14 @@ class QaConfig:
             raise ValueError(f"holdout={self.holdout} must be at least 0 and below 1")
         if not self.recall_at or min(self.recall_at) < 1:
             raise ValueError(f"recall_at={self.recall_at}: name numbers from 1 on")
+
+    @property
+    def decisive(self) -> JsonDict:
+        """The settings that determine the weights: fixed for the life of a run."""
+        values = dataclasses.asdict(self)
+        # With questions of its own for the test, all the others are trained on.
+        values["holdout"] = 0.0 if self.test else self.holdout
+        return {name: value for name, value in values.items() if name not in _FREE}
 
 
 def training_questions(settings: QaConfig) -> list[Question]:

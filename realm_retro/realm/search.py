@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,22 +17,31 @@ import numpy as np
 import tokenizers
 from jax.sharding import Mesh
 
+from realm_retro.arrays import flatten, unflatten
 from realm_retro.data.passages import PassageStore
+from realm_retro.errors import UserError
 from realm_retro.parallel import axes
 from realm_retro.parallel.mesh import make_mesh
 from realm_retro.realm import model, packing
 from realm_retro.realm.config import CLS_ID, SEP_ID, RealmConfig
 from realm_retro.retrieval import embed
 from realm_retro.retrieval.embed import Embedder
-from realm_retro.retrieval.index import base, tuning
+from realm_retro.retrieval.index import probe, tuning
 from realm_retro.retrieval.index.base import Index
 from realm_retro.retrieval.index.exact import ExactIndex
-from realm_retro.retrieval.index.scann import ScannIndex
-from realm_retro.typing import Array, Float, HostArray, Int, Params, PyTree
+from realm_retro.typing import Array, Float, HostArray, Int, Params
 
 # Rows of query batches are padded to one of few numbers, so that few programs are
 # compiled however many questions come.
 _MAX_QUERIES = 64
+
+# Share of the k best that an approximate index has to find.
+RECALL_TARGET = 0.95
+# Passages for each one that is asked for, below which a tree would be searched whole.
+_ROWS_PER_RESULT = 20
+# Passages to tune ScaNN on, and as many others to measure it on; fewer where the scores
+# of their k best would not fit so many bytes.
+_MAX_TRIALS, _MIN_TRIALS, _TRIAL_BYTES = 256, 16, 1 << 28
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -115,7 +125,7 @@ def passage_embedder(
     mesh = make_mesh(devices=devices)
 
     def with_parameters(arrays: Mapping[str, HostArray]):
-        params = jax.device_put(_unflatten(arrays), axes.sharding((), (), mesh))
+        params = jax.device_put(unflatten(arrays), axes.sharding((), (), mesh))
         embedder = Embedder(
             apply=functools.partial(_apply, config, params, mesh),
             tokenizer=store.tokenizer,
@@ -157,31 +167,61 @@ def tower_arrays(config: RealmConfig, params: Params) -> dict[str, Array]:
     With tied towers that is the query tower.
     """
     part = "query" if config.tied else "document"
-    flat, _ = jax.tree_util.tree_flatten_with_path(params[part])
-    return {
-        "/".join([part, *(str(key.key) for key in path)]): leaf for path, leaf in flat
-    }
+    return flatten({part: params[part]})
 
 
-def build_index(vectors: HostArray, *, backend: str = "auto", k: int = 100) -> Index:
+def build_index(
+    vectors: HostArray,
+    *,
+    backend: str = "auto",
+    k: int = 100,
+    report: Callable[[str], Any] = print,
+) -> Index:
     """An index of passages' vectors for inner products; ids are rows.
+
+    Two builds by ScaNN of the same vectors differ a little: they find the same recall,
+    but a training that uses it does not go on bit for bit after an interruption.
 
     Args:
       vectors: float [N, d].
-      backend: ``exact``, ``scann``, or ``auto``: ScaNN from the size on where its tree
-        pays, exact search below.
-      k: how many will be asked for at most; ScaNN's parameters depend on it.
+      backend: ``exact``, ``scann``, or ``auto``: exact search below 5,000 passages and
+        below 20 times k; above ScaNN, unless it does not run here or misses
+        `RECALL_TARGET`.
+      k: how many will be asked for at most; ScaNN is tuned for it.
+      report: takes one line about ScaNN: the recall that was measured, or why search
+        is exact.
+
+    Raises:
+      UserError: `backend` is ``scann``, which does not run or misses the target.
     """
     ids = np.arange(len(vectors), dtype=np.int64)
-    metric: base.Metric = "dot_product"
-    if backend == "scann" or (
-        backend == "auto" and len(vectors) >= tuning.MIN_ROWS_FOR_TREE
-    ):
-        parameters = tuning.initial_parameters(len(vectors), k)
-        return ScannIndex.build(
-            np.asarray(vectors, np.float32), ids, metric=metric, parameters=parameters
-        )
-    return ExactIndex.build(np.asarray(vectors, np.float32), ids, metric=metric)
+    exact = ExactIndex.build(vectors, ids, metric="dot_product")
+    k = min(k, exact.size)
+    enough = max(tuning.MIN_ROWS_FOR_TREE, _ROWS_PER_RESULT * k)
+    if backend == "exact" or (backend == "auto" and exact.size < enough):
+        return exact
+    if (problem := probe.scann_problem()) is None:
+        sample = _sample(exact, k)
+        index, recall = tuning.build(exact, *sample, k=k, target=RECALL_TARGET)
+        found = f"finds {recall:.1%} of the {k:,} best of {exact.size:,} passages"
+        if recall >= RECALL_TARGET:
+            report(f"index: ScaNN {found}")
+            return index
+        problem = f"{found}, less than {RECALL_TARGET:.0%}"
+    else:
+        problem = f"does not run here ({problem})"
+    if backend == "scann":
+        raise UserError(f"index=scann: ScaNN {problem}; set index to auto or exact")
+    report(f"index: ScaNN {problem}; searching exactly")
+    return exact
+
+
+def _sample(exact: ExactIndex, k: int) -> tuple[HostArray, HostArray]:
+    """Passages in the place of queries, float32 [q, d], and their ids, int64 [q]."""
+    trials = min(_MAX_TRIALS, _TRIAL_BYTES // (8 * k * exact.dim))
+    count = min(2 * max(_MIN_TRIALS, trials), exact.size)
+    rows = np.random.default_rng(0).choice(exact.size, count, replace=False)
+    return exact.vectors[rows], exact.ids[rows]
 
 
 def _apply(
@@ -201,14 +241,3 @@ def _document_vectors(
     mask = jnp.arange(ids.shape[1])[None, :] < lengths[:, None]
     with jax.default_matmul_precision("float32"):
         return model.embed_documents(config, params, ids, mask)
-
-
-def _unflatten(arrays: Mapping[str, HostArray]) -> PyTree:
-    tree: PyTree = {}
-    for name, array in arrays.items():
-        *path, leaf = name.split("/")
-        node = tree
-        for key in path:
-            node = node.setdefault(key, {})
-        node[leaf] = array
-    return tree

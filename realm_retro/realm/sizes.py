@@ -48,6 +48,7 @@ def base() -> Config:
                 "marginal": "joint",
                 "dropout": 0.1,
                 "compute_dtype": "bfloat16",
+                "remat": True,
             },
             "pretrain": {"masking": "salient", "depth": 1, "refresh": "workers"},
             "ict": {"mask_rate": 0.9},

@@ -19,7 +19,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
-from etils import epath
 
 from realm_retro.errors import UserError
 from realm_retro.typing import Array, Bool, Float, HostArray, JsonDict
@@ -76,7 +75,7 @@ class Embedder:
     Attributes:
       apply: starts a batch, without waiting: ids int32 [rows, length] and lengths
         int32 [rows] (0 for a row of padding) → float32 [rows, d].
-      tokenizer: see `load_tokenizer`.
+      tokenizer: see `wordpiece.load_tokenizer`.
       dim: size of a vector (d).
       max_tokens: longer texts are cut to this, special tokens included.
       batch_tokens: tokens of a batch on all devices, padding included.
@@ -145,27 +144,6 @@ def mean_pool(
     weight = mask.astype(jnp.float32)
     total = jnp.einsum("btd,bt->bd", hidden.astype(jnp.float32), weight)
     return total / jnp.maximum(weight.sum(axis=1), 1.0)[:, None]
-
-
-def load_tokenizer(path: epath.PathLike) -> tokenizers.Tokenizer:
-    """Reads a ``tokenizer.json``.
-
-    Raises:
-      UserError: it is missing or damaged.
-    """
-    path = epath.Path(path)
-    try:
-        tokenizer = tokenizers.Tokenizer.from_str(path.read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"{path}: is missing; config.encoder.path must name a folder with it"
-        ) from None
-    except Exception as error:  # The library raises no narrower class.
-        raise UserError(f"{path}: is damaged ({error}); download it again") from None
-    # Published files often pad and cut every text to some length: both are done here.
-    tokenizer.no_padding()
-    tokenizer.no_truncation()
-    return tokenizer
 
 
 def bucket_lengths(max_tokens: int) -> list[int]:

@@ -20,6 +20,7 @@ from realm_retro.retrieval.embed import EmbedConfig
 KIND = "embeddings"
 FORMAT_VERSION = 1
 MADE_BY = "realm_retro.cli.embed"
+load_manifest = artifacts.loader(KIND, FORMAT_VERSION, MADE_BY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,23 +108,6 @@ def open_stage(
         },
         parents={"chunks": chunks_fingerprint, "encoder": encoder_fingerprint},
         made_by=MADE_BY,
-    )
-
-
-def load_manifest(
-    directory: epath.PathLike,
-    *,
-    parents: Mapping[str, str] | None = None,
-    verify: bool = True,
-) -> artifacts.Manifest:
-    """The manifest of finished embeddings; see `Embeddings.open`."""
-    return artifacts.load(
-        directory,
-        kind=KIND,
-        format_version=FORMAT_VERSION,
-        made_by=MADE_BY,
-        parents=parents,
-        verify=verify,
     )
 
 

@@ -21,6 +21,7 @@ from realm_retro.typing import HostArray
 KIND = "neighbours"
 FORMAT_VERSION = 1
 MADE_BY = "realm_retro.cli.find_neighbours"
+load_manifest = artifacts.loader(KIND, FORMAT_VERSION, MADE_BY)
 
 # Hits of one search, before they are filtered: bounds its memory where many rows have
 # to look deep.
@@ -84,14 +85,7 @@ class NeighbourTable:
         Raises:
           UserError: it is missing, unfinished, damaged, or of other parents.
         """
-        manifest = artifacts.load(
-            directory,
-            kind=KIND,
-            format_version=FORMAT_VERSION,
-            made_by=MADE_BY,
-            parents=parents,
-            verify=verify,
-        )
+        manifest = load_manifest(directory, parents=parents, verify=verify)
         shards = range(manifest.meta["num_shards"])
         ids, scores = (
             ShardedArray.open(

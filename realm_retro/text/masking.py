@@ -1,7 +1,8 @@
 """Which wordpieces of a query are masked: one salient span, a random span, or tokens.
 
 REALM masks one salient span per example (section 3.4 of the paper); the other two are
-its ablation. Every function returns positions in the query, int32 [j], ascending.
+its ablation. Every function gives positions in the query, int32 [j], ascending. The two
+of the ablation also say how many wordpieces they wanted beyond `max_masks`.
 """
 
 from __future__ import annotations
@@ -49,28 +50,31 @@ def usable_spans(length: int, spans: HostArray, max_masks: int) -> HostArray:
 
 def mask_random_span(
     words: HostArray, rng: np.random.Generator, max_masks: int
-) -> HostArray:
+) -> tuple[HostArray, int]:
     """Masks a run of whole words; its number of words is geometric, as in SpanBERT.
 
     Args:
       words: int [w, 2], the query's words in wordpieces; see `word_spans`.
       rng: decides where and how many.
-      max_masks: wordpieces masked at most. A word longer than that is never masked, and
-        a run ends before the word that would go beyond.
+      max_masks: wordpieces masked at most. No run begins with a word longer than that
+        if there are others, and a run ends before the word that would go beyond.
 
     Returns:
-      Positions, int32 [j]; none where there is no word that can be masked.
+      Positions, int32 [j]; none where there is no word that can be masked. And the
+      number of wordpieces that the run had behind its end.
     """
     words = np.asarray(words).reshape(-1, 2)
+    if not len(words):
+        return np.zeros(0, np.int32), 0
     possible = np.flatnonzero(words[:, 1] - words[:, 0] <= max_masks)
     if not len(possible):
-        return np.zeros(0, np.int32)
+        possible = np.arange(len(words))
     wanted = int(rng.geometric(_SPAN_P))
     first = possible[rng.integers(len(possible))]
     start = words[first, 0]
     ends = words[first : first + wanted, 1]
-    end = ends[ends - start <= max_masks][-1]
-    return np.arange(start, end, dtype=np.int32)
+    end = ends[ends - start <= max_masks].max(initial=start)
+    return np.arange(start, end, dtype=np.int32), int(ends[-1] - end)
 
 
 def mask_random_tokens(
@@ -79,7 +83,7 @@ def mask_random_tokens(
     max_masks: int,
     *,
     rate: float = _MEAN_RATE,
-) -> HostArray:
+) -> tuple[HostArray, int]:
     """Masks single wordpieces drawn without replacement.
 
     Args:
@@ -89,11 +93,13 @@ def mask_random_tokens(
       rate: share of the wordpieces that is masked; at least one is.
 
     Returns:
-      Positions, int32 [j]; none for an empty query.
+      Positions, int32 [j]; none for an empty query. And how many more the rate asks for
+      than `max_masks` allows.
     """
-    number = min(max(1, round(rate * length)), max_masks, length)
+    wanted = min(max(1, round(rate * length)), length)
+    number = min(wanted, max_masks)
     chosen = rng.choice(length, number, replace=False) if number else []
-    return np.sort(np.asarray(chosen, np.int32))
+    return np.sort(np.asarray(chosen, np.int32)), wanted - number
 
 
 def word_spans(ids: HostArray, continuations: HostArray) -> HostArray:

@@ -34,11 +34,15 @@ class Pieces:
     words: HostArray
 
 
-def load_tokenizer(path: epath.PathLike) -> tokenizers.Tokenizer:
+def load_tokenizer(
+    path: epath.PathLike, *, specials: bool = False
+) -> tokenizers.Tokenizer:
     """Reads a ``tokenizer.json``; its padding and truncation are switched off.
 
-    A text that holds the letters "[SEP]" is tokenised as these letters: what stands in
-    a document never turns into a special token.
+    Args:
+      path: of the file.
+      specials: whether the letters "[SEP]" in a text are a special token, as published
+        encoders read them. Without it what stands in a document never turns into one.
 
     Raises:
       UserError: it is missing or damaged.
@@ -54,7 +58,7 @@ def load_tokenizer(path: epath.PathLike) -> tokenizers.Tokenizer:
         raise UserError(f"{path}: is damaged ({error}); download it again") from None
     tokenizer.no_padding()
     tokenizer.no_truncation()
-    tokenizer.encode_special_tokens = True
+    tokenizer.encode_special_tokens = not specials
     return tokenizer
 
 

@@ -9,7 +9,12 @@ and does not see such a folder again: a half-written checkpoint is never restore
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
+import sys
+import threading
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -35,6 +40,7 @@ class Checkpoints:
           run_dir: the folder of the run.
           keep: how many of the newest stay; None opens it for reading only.
         """
+        _hush_threads()
         self.directory = epath.Path(run_dir).absolute() / FOLDER
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -204,9 +210,45 @@ def _disk_errors(directory: epath.Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if "No space left" not in str(error) and "RESOURCE_EXHAUSTED" not in str(error):
+        if not _tells_full_disk(str(error)):
             raise
         raise UserError(
             f"{directory}: the disk is full; free space and run the same command again,"
             " it goes on from the last whole checkpoint"
         ) from error
+
+
+def _tells_full_disk(text: str) -> bool:
+    return "No space left" in text or "RESOURCE_EXHAUSTED" in text
+
+
+@functools.cache
+def _hush_threads() -> None:
+    """Keeps the storage library's threads from telling of a full disk as well.
+
+    Each of them writes a traceback, hundreds of lines in all, before `_disk_errors`
+    says it in one. Files that were still being written then find the loop closed that
+    waited for them.
+    """
+
+    def is_new(text: str, error: BaseException | None) -> bool:
+        while error is not None:
+            text = f"{text} {error}"
+            error = error.__cause__ or error.__context__
+        return not _tells_full_disk(text) and "Event loop is closed" not in text
+
+    def from_log(record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        return is_new(record.getMessage(), error)
+
+    def wrapped(hook: Callable[[Any], object]) -> Callable[[Any], None]:
+        def tell(args: Any) -> None:
+            if is_new("", args.exc_value):
+                hook(args)
+
+        return tell
+
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(from_log)
+    threading.excepthook = wrapped(threading.excepthook)
+    sys.unraisablehook = wrapped(sys.unraisablehook)

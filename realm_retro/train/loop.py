@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -147,7 +148,14 @@ def _loop(
 ) -> int:
     """Takes the steps after `done` and returns the last one that was saved."""
     dispatched = collections.deque()
-    with hosts.preemption() as asked_to_stop:
+    with hosts.preemption() as reached:
+        asked_to_stop = _latched(reached)
+        if done:
+            # Again: what a hook waits for it may have left when it was told to stop.
+            for hook in recipe.hooks:
+                hook(LoopState(done, state, run_dir, asked_to_stop))
+            if asked_to_stop():
+                return done
         for step in range(done + 1, config.steps + 1):
             batch = feed.take(step - 1, state.params)
             # 1. Dispatch. The call returns before the device has done anything, and
@@ -162,12 +170,12 @@ def _loop(
             if len(dispatched) > _DISPATCHED:
                 meter.add(*dispatched.popleft())
             for hook in recipe.hooks:
-                hook(LoopState(step, state, run_dir))
+                hook(LoopState(step, state, run_dir, asked_to_stop))
             # 3. Save between steps: before the next one takes the state's memory, and
             #    after all metrics were looked at, so that no checkpoint holds what a
             #    loss that is not finite left behind. The copy has to wait for the
             #    device; writing it does not hold up the next steps.
-            stopping = asked_to_stop(step)
+            stopping = asked_to_stop()
             if stopping or step == config.steps or step % config.checkpoint_every == 0:
                 while dispatched:
                     meter.add(*dispatched.popleft())
@@ -176,6 +184,22 @@ def _loop(
             if stopping:
                 break
     return done
+
+
+def _latched(reached: Callable[[int], bool]) -> Callable[[], bool]:
+    """Whether the run was told to stop; once it was, it is.
+
+    Several processes agree on one of the numbers that they count with (see
+    `hosts.preemption`), so each of them asks equally often.
+    """
+    calls, stopped = itertools.count(1), False
+
+    def asked_to_stop() -> bool:
+        nonlocal stopped
+        stopped = stopped or reached(next(calls))
+        return stopped
+
+    return asked_to_stop
 
 
 def _open(run_dir: epath.PathLike, settings: JsonDict, data: str) -> Stage:
@@ -190,6 +214,7 @@ def _open(run_dir: epath.PathLike, settings: JsonDict, data: str) -> Stage:
             config=settings,
             parents={"data": data},
             made_by=MADE_BY,
+            claim=hosts.is_main(),
         )
     except UserError as error:
         raise UserError(f"{error}, or give this run its own --config.name") from None

@@ -21,18 +21,21 @@ LossFn: TypeAlias = Callable[
 
 @dataclasses.dataclass(frozen=True)
 class LoopState:
-    """What a hook sees after a step was dispatched.
+    """What a hook sees after a step was dispatched, and where a run goes on.
 
     Attributes:
       step: how many steps were dispatched since the start of the run.
       state: their result, which the device may still be computing. The next step
         takes its memory: a hook copies what it wants to keep before it returns.
       run_dir: the folder of the run.
+      should_stop: whether SIGTERM came. A hook that waits for something asks while it
+        waits, and returns when it is so. Every process has to ask equally often.
     """
 
     step: int
     state: TrainState
     run_dir: epath.Path
+    should_stop: Callable[[], bool] = lambda: False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +85,8 @@ class Recipe:
       fingerprint: of the artefacts that batches are made of; a run is continued only
         on the same.
       trainable: parameters → tree of bools; all are trained where it is None.
-      hooks: called in turn after each step, in the loop's own thread.
+      hooks: called in turn after each step, in the loop's own thread; once more where a
+        run goes on, with the step of its checkpoint and before the next one.
       weights: → parameters to start from in place of `init`'s, unboxed host or device
         arrays; not traced, so that a checkpoint is not written into the program.
     """

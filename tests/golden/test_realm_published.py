@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from etils import epath
 
+from realm_retro.arrays import flatten
 from realm_retro.interop import export, name_table, realm
 from realm_retro.interop.tensors import Tensors
 from realm_retro.nn import losses
@@ -84,7 +85,7 @@ def assert_close(found, wanted):
 
 def assert_gradients(found, wanted):
     """Close in each leaf, measured by the largest gradient of that leaf."""
-    found, wanted = name_table.flatten(found), name_table.flatten(wanted)
+    found, wanted = flatten(found), flatten(wanted)
     assert found.keys() == wanted.keys()
     for path, leaf in wanted.items():
         scale = max(np.abs(leaf).max(), 1e-2)

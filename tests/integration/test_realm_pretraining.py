@@ -11,7 +11,7 @@ import toy_pretraining as toy
 import toy_training
 from etils import epath
 
-from realm_retro.cli import towers
+from realm_retro.cli import refresh_index, towers
 from realm_retro.cli import train as train_cli
 from realm_retro.errors import UserError
 from realm_retro.realm import search
@@ -22,6 +22,9 @@ ADAPTIVE = {"target_overlap": 0.8, "every": 2, "shortest": 1, "longest": 3}
 # What the index of each step is, with a refresh every 3 steps: a batch that is looked
 # up a step ahead is looked up before the refresh.
 ASKED = {0: [0, 0, 0, 3, 3, 3, 6, 6], 1: [0, 0, 0, 0, 3, 3, 3, 6]}
+# A depth stands for the way to search: ahead, in time, or inside the step.
+DEVICE = "device"
+ASKED[DEVICE] = ASKED[0]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -95,10 +98,11 @@ def counting():
 
 
 def config_of(folder, name, depth, adaptive=False, **changes):
+    search = {"placement": "device"} if depth == DEVICE else {"depth": depth}
     return toy.make_config(
         folder,
         name=name,
-        pretrain={"depth": depth},
+        pretrain=search,
         refresh=ADAPTIVE if adaptive else {},
         **changes,
     )
@@ -109,6 +113,8 @@ def config_of(folder, name, depth, adaptive=False, **changes):
     [
         (0, False, 4, (6,)),
         (1, False, 3, (5,)),  # saved just after a refresh, looked up before it
+        (DEVICE, False, 4, (6,)),
+        pytest.param(DEVICE, False, 3, (2, 4), marks=pytest.mark.slow),
         pytest.param(1, False, 4, (2, 7), marks=pytest.mark.slow),
         pytest.param(1, True, 3, (4, 8), marks=pytest.mark.slow),
     ],
@@ -133,7 +139,7 @@ def test_crashes_change_nothing(
     assert found[1] == expected[1]
 
 
-@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("depth", [0, 1, DEVICE])
 def test_the_log_says_which_index_each_step_asked(straight, depth):
     _, records, _ = straight(depth)
     assert [record["step"] for record in records] == list(range(1, 9))
@@ -170,7 +176,7 @@ def test_all_towers_are_trained(folder, workdir, straight):
         assert max(jax.tree.leaves(moved)) > 1e-3, part
 
 
-@pytest.mark.parametrize("depth", [0, 1])
+@pytest.mark.parametrize("depth", [0, 1, DEVICE])
 def test_nothing_is_compiled_after_the_first_steps(straight, depth):
     counts = straight(depth)[2]
     assert counts[0] > 0
@@ -204,8 +210,9 @@ def test_the_command_trains_to_the_end_and_says_so(folder, workdir, capsys):
     assert "48 to retrieve, 4 candidates" in said
     assert "step 6: index of step 6 in use" in said
     assert "train: 8 steps in" in said
-    assert training_ended(workdir / "refresh")
-    assert refresh.newest_version(workdir / "refresh").step == 6
+    root = workdir / "refresh" / "command"
+    assert training_ended(root)
+    assert refresh.newest_version(root).step == 6
     train_cli.main(config, workdir)
     assert "training is complete (8 steps)" in capsys.readouterr().out
 
@@ -235,16 +242,16 @@ def other(tmp_path_factory):
     """A workdir over another corpus, with an index of step 3."""
     folder = tmp_path_factory.mktemp("other")
     toy.write_rivers(folder, documents=12, seed=1)
-    config = toy.make_config(folder)
+    config = toy.make_config(folder, name="interrupted")
     other = toy.prepared(config, epath.Path(folder / "work"))
     realm, store = towers.model_config(config), towers.open_store(config, other)
     arrays = search.tower_arrays(realm, towers.start_params(config, other))
     refresh.refresh_inline(
-        other / "refresh",
+        refresh_index.folder(config, other),
         3,
         {name: np.asarray(x) for name, x in arrays.items()},
         towers.passage_embedder(config, other),
-        refresh.RefreshConfig().target(len(store), {"passages": store.fingerprint}),
+        refresh_index.target(config, store),
     )
     return other
 
@@ -268,14 +275,35 @@ def refused(config, workdir, *words):
 def test_an_index_that_is_gone(spoilt):
     config, workdir = spoilt
     shutil.rmtree(workdir / "refresh")
-    refused(config, workdir, "refresh/versions/step-00000003", "another --config.name")
+    version = "refresh/interrupted/versions/step-00000003"
+    refused(config, workdir, version, "another --config.name")
 
 
 def test_an_index_of_another_corpus(spoilt, other):
     config, workdir = spoilt
     replace(workdir, other, "refresh")
-    words = ("refresh/versions/step-00000003", "was made from passages")
-    refused(config, workdir, *words)
+    version = "refresh/interrupted/versions/step-00000003"
+    refused(config, workdir, version, "was made from passages")
+
+
+def test_each_run_has_its_own_indexes(spoilt):
+    config, workdir = spoilt
+    another = toy.changed(config, name="another", train={"steps": 4})
+    assert toy.train(another, workdir).finished
+    assert toy.train(config, workdir).finished
+    asked = [record["index_step"] for record in toy.records(config, workdir)]
+    assert asked == ASKED[1]
+
+
+def test_an_index_of_another_model(spoilt):
+    # The weights would fit, but their vectors are others.
+    config, workdir = spoilt
+    other = toy.changed(config, model={"pooling": "mean"})
+    root = refresh_index.folder(config, workdir)
+    shutil.rmtree(root / "versions")
+    with pytest.raises(UserError, match="is of a training over model") as error:
+        refresh_index.main(other, workdir)
+    assert "\n" not in str(error.value)
 
 
 def test_spans_of_another_corpus(spoilt, other):
@@ -309,13 +337,21 @@ def test_fewer_passages_than_candidates(folder, tmp_path):
         ("pretrain", {"refresh": "often"}, ("config.pretrain.refresh='often'",)),
         ("pretrain", {"extra": -1}, ("config.pretrain.extra=-1",)),
         ("refresh", {"every": 0}, ("config.refresh: every=0",)),
+        (
+            "pretrain",
+            {"placement": "device"},
+            ("config.refresh.target_overlap=0.8", "placement=device"),
+        ),
         ("task", "realm_pretraining", ("config.task='realm_pretraining'", "realm_ict")),
     ],
 )
 def test_settings_that_do_not_fit_are_one_clear_line(
     folder, workdir, section, value, words
 ):
-    config = toy.make_config(folder, **{"name": "wrong", section: value})
+    adaptive = ADAPTIVE if "placement" in value else {}
+    config = toy.make_config(
+        folder, **{"name": "wrong", "refresh": adaptive, section: value}
+    )
     refused(config, workdir, *words)
 
 

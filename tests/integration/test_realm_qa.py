@@ -169,6 +169,7 @@ def test_answers_are_shown_with_their_evidence(road):
     assert "time in ms: tokenise " in shown
 
 
+@pytest.mark.slow
 def test_the_document_tower_stays_and_one_index_serves_all(workdir):
     """With the command itself, on eight devices."""
     config = config_of(workdir)
@@ -185,16 +186,18 @@ def test_the_document_tower_stays_and_one_index_serves_all(workdir):
     assert len(list((workdir / "indexes").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_training_the_documents_makes_another_index(workdir):
     config = config_of(workdir, qa__train_documents=True)
     trained, _ = fit(config, workdir)
     assert not same(trained["document"], start_of(config, workdir)["document"])
     found = qa_setup.trained_weights(config, workdir)
     assert found is not None
-    qa_setup.open_index(config, workdir, found)
+    qa_setup.open_index(config, workdir, found, 3)
     assert len(list((workdir / "indexes").iterdir())) == 2
 
 
+@pytest.mark.slow
 def test_tied_towers_part(workdir):
     config = config_of(workdir, model__tied=True)
     trained, _ = fit(config, workdir)
@@ -209,6 +212,7 @@ def test_tied_towers_part(workdir):
     assert len(list((workdir / "indexes").iterdir())) == 1
 
 
+@pytest.mark.slow
 def test_it_goes_on_where_it_stopped(workdir):
     config = config_of(workdir, train__steps=4, train__checkpoint_every=2)
 

@@ -12,7 +12,7 @@ import pytest
 import toy_pretraining as toy
 from etils import epath
 
-from realm_retro.cli import towers
+from realm_retro.cli import refresh_index, towers
 from realm_retro.retrieval import refresh
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
@@ -41,10 +41,10 @@ def workdir(config, tmp_path):
 @pytest.fixture
 def start(config, workdir, tmp_path):
     """Starts a process; none outlives the test. Its output goes to a file."""
-    path = toy.write_config(tmp_path / "config.py", config)
     running = []
 
     def run(name):
+        path = toy.write_config(tmp_path / "config.py", config)
         command = [sys.executable, toy.__file__, str(path), str(workdir), str(PAUSE)]
         if name != "trainer":
             command = [sys.executable, "-m", "realm_retro.cli.refresh_index"]
@@ -54,7 +54,7 @@ def start(config, workdir, tmp_path):
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+            env={**os.environ, **toy.quick(tmp_path), "JAX_NUM_CPU_DEVICES": "1"},
         )
         process.said = lambda: output.seek(0) or output.read()
         running.append((process, output))
@@ -117,7 +117,7 @@ def checkpoint_of(config, workdir):
 
 def assert_of_its_snapshot(config, workdir, step):
     """A version holds all passages, embedded with the snapshot of its step."""
-    root = workdir / "refresh"
+    root = refresh_index.folder(config, workdir)
     version = refresh.open_version(root, step)  # checksums too
     arrays = refresh.open_snapshot(root, step).arrays()
     store = towers.open_store(config, workdir)
@@ -126,7 +126,7 @@ def assert_of_its_snapshot(config, workdir, step):
 
 
 def test_kills_of_workers_and_of_the_trainer(config, workdir, start):
-    root = workdir / "refresh"
+    root = refresh_index.folder(config, workdir)
     trainer = start("trainer")
     until(lambda: step_of(config, workdir) > EVERY, trainer)
 
@@ -168,6 +168,29 @@ def test_kills_of_workers_and_of_the_trainer(config, workdir, start):
     assert [record["step"] for record in records] == list(range(1, STEPS + 1))
     assert_only_whole_indexes(records, alone)
     assert_of_its_snapshot(config, workdir, versions(root)[-1])
+
+
+def test_sigterm_while_it_waits_for_an_index(config, workdir, start):
+    limit = 8
+    config.refresh.max_staleness = limit
+    config.train.steps = 40
+    trainer = start("trainer")
+    until(lambda: "waits for an index" in trainer.said(), trainer)
+    trainer.terminate()
+    until(lambda: trainer.poll() is not None)
+    assert trainer.returncode == 143, trainer.said()
+    saved = checkpoint_of(config, workdir)
+    assert saved > 0
+    assert step_of(config, workdir) == saved
+
+    trainer, worker = start("trainer"), start("worker")
+    until(lambda: trainer.poll() is not None)
+    until(lambda: worker.poll() is not None)
+    assert (trainer.returncode, worker.returncode) == (0, 0), trainer.said()
+    assert f"going on from step {saved}" in trainer.said()
+    records = toy.records(config, workdir)
+    assert [record["step"] for record in records] == list(range(1, 41))
+    assert max(record["staleness"] for record in records) == limit
 
 
 def assert_only_whole_indexes(records, alone):

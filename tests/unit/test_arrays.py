@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from realm_retro.arrays import NpyWriter, ShardedArray, open_npy
+from realm_retro.arrays import NpyWriter, ShardedArray, flatten, open_npy, unflatten
 from realm_retro.errors import UserError
 
 
@@ -146,3 +146,9 @@ def test_appended_rows_take_the_files_dtype_and_shape(tmp_path):
         with pytest.raises(ValueError, match="rows"):
             writer.append([[1, 2, 3]])
     np.testing.assert_array_equal(np.load(tmp_path / "rows.npy"), [[1, 2]])
+
+
+def test_flat_names():
+    tree = {"a": {"b": 1, "c": {"d": 2}}, "e": 3}
+    assert flatten(tree) == {"a/b": 1, "a/c/d": 2, "e": 3}
+    assert unflatten(flatten(tree)) == tree

@@ -474,3 +474,128 @@ def test_sha256_is_the_files(tmp_path):
     path.write_bytes(b"abc")
     known = "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     assert artifacts.sha256(epath.Path(path)) == known
+
+
+def test_a_loader_is_load_for_one_kind(artefact):
+    load_embeddings = artifacts.loader("embeddings", 1, MADE_BY)
+    assert load_embeddings(artefact, parents={"chunks": "c" * 64}) == load(artefact)
+    missing, chunks = artefact / "missing", {"chunks": "d" * 64}
+    for here, directory, parents, message in (
+        (load_embeddings, artefact, chunks, "the chunks here is dddddddddddd"),
+        (load_embeddings, missing, None, f"missing; run: python -m {MADE_BY}"),
+        (artifacts.loader("index", 1, MADE_BY), artefact, None, "not 'index'"),
+        (artifacts.loader("embeddings", 2, MADE_BY), artefact, None, "release reads 2"),
+    ):
+        with pytest.raises(UserError, match=message):
+            here(directory, parents=parents)
+    (artefact / "shard-0.bin").write_bytes(bytes(len(FILES["shard-0.bin"])))
+    load_embeddings(artefact, verify=False)
+    with pytest.raises(UserError, match="is damaged"):
+        load_embeddings(artefact)
+
+
+# Two processes
+
+
+CLAIM = """
+import sys
+from realm_retro import artifacts
+from realm_retro.errors import UserError
+try:
+    stage = artifacts.Stage.open(
+        sys.argv[1], kind="embeddings", format_version=1,
+        config={"size": 2, "shape": (3, 4)}, parents={"chunks": "c" * 64},
+        made_by="realm_retro.cli.embed", claim=len(sys.argv) < 3,
+    )
+except UserError as error:
+    sys.exit(str(error))
+print("open", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def other_process():
+    """Starts a process that opens a stage and waits until its input ends."""
+    started = []
+
+    def start(directory, *flags):
+        process = subprocess.Popen(
+            [sys.executable, "-c", CLAIM, str(directory), *flags],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+        process.communicate()
+
+
+def test_two_processes_do_not_write_one_stage(tmp_path, other_process):
+    first = other_process(tmp_path / "a")
+    assert first.stdout.readline() == "open\n"
+    message = f"{tmp_path / 'a'}: another process is writing it; wait for it or stop it"
+    second = other_process(tmp_path / "a")
+    assert second.communicate()[1] == f"{message}\n"
+    with pytest.raises(UserError, match="another process is writing it"):
+        open_stage(tmp_path / "a")
+    # One that belongs to the first may.
+    assert other_process(tmp_path / "a", "no claim").stdout.readline() == "open\n"
+    # A killed process is no obstacle, though it leaves the file.
+    first.kill()
+    first.wait()
+    assert (tmp_path / "a" / artifacts.LOCK).exists()
+    make(tmp_path / "a")
+    assert not (tmp_path / "a" / artifacts.LOCK).exists()
+    # Nor is there anything to claim in what is finished.
+    assert other_process(tmp_path / "a").stdout.readline() == "open\n"
+    assert load(tmp_path / "a").files.keys() == FILES.keys()
+
+
+def test_a_stage_is_free_when_its_writer_lets_go(tmp_path, other_process):
+    stage = open_stage(tmp_path / "a")
+    again = open_stage(tmp_path / "a")  # the same process may
+    assert "another process" in other_process(tmp_path / "a").communicate()[1]
+    del stage, again
+    assert not (tmp_path / "a" / artifacts.LOCK).exists()
+    assert other_process(tmp_path / "a").stdout.readline() == "open\n"
+
+
+def test_refused_settings_leave_no_claim(tmp_path, other_process):
+    open_stage(tmp_path / "a")
+    with pytest.raises(UserError, match="other settings"):
+        open_stage(tmp_path / "a", config={"size": 3})
+    assert other_process(tmp_path / "a").stdout.readline() == "open\n"
+
+
+def test_a_claim_holds_while_others_try_and_let_go(tmp_path):
+    """Nobody ever holds a file that was deleted before he locked it."""
+    script = (
+        "import pathlib, sys, time\n"
+        "from realm_retro.artifacts import claimed\n"
+        "from realm_retro.errors import UserError\n"
+        "folder, done = pathlib.Path(sys.argv[1]), 0\n"
+        "while done < 200:\n"
+        "    try:\n"
+        "        with claimed(folder):\n"
+        "            (folder / 'inside').touch(exist_ok=False)\n"
+        "            (folder / 'inside').unlink()\n"
+        "            done += 1\n"
+        "    except UserError:\n"
+        "        time.sleep(0)\n"
+    )
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    processes = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait(timeout=60) for process in processes] == [0, 0]
+
+
+def test_what_is_finished_may_be_opened_without_writing(artefact):
+    before = {path: path.stat().st_mtime_ns for path in artefact.parent.rglob("*")}
+    assert open_stage(artefact).finished
+    after = {path: path.stat().st_mtime_ns for path in artefact.parent.rglob("*")}
+    assert after == before

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from etils import epath
-
 from realm_retro import artifacts
 from realm_retro.errors import UserError
 from realm_retro.retrieval.index.base import Index
@@ -16,6 +14,7 @@ from realm_retro.typing import JsonDict
 KIND = "index"
 FORMAT_VERSION = 1
 MADE_BY = "realm_retro.cli.build_index"
+load_manifest = artifacts.loader(KIND, FORMAT_VERSION, MADE_BY)
 BACKENDS = ("scann", "exact")
 
 
@@ -32,23 +31,6 @@ def save(
         index.backend: index.describe(),
     }
     return stage.commit({**meta, **own})
-
-
-def load_manifest(
-    directory: epath.PathLike,
-    *,
-    parents: Mapping[str, str] | None = None,
-    verify: bool = True,
-) -> artifacts.Manifest:
-    """Checks an index's files; see `artifacts.load`."""
-    return artifacts.load(
-        directory,
-        kind=KIND,
-        format_version=FORMAT_VERSION,
-        made_by=MADE_BY,
-        parents=parents,
-        verify=verify,
-    )
 
 
 def load(manifest: artifacts.Manifest) -> Index:

@@ -25,6 +25,10 @@ from realm_retro.typing import HostArray
 # Below this size a tree saves too little to be worth what it misses.
 MIN_ROWS_FOR_TREE = 5_000
 
+# A sample's recall is a little off that of another: aim to lose only half as much as is
+# allowed, and less if that was not enough.
+_CAUTION = (0.5, 0.25, 0.1)
+
 _LEAVES_PER_ROOT = 2.0
 _SHARE_OF_LEAVES = 2 / 3
 _REORDER_PER_RESULT = (2, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50)
@@ -86,6 +90,43 @@ def _true_scores(exact: ExactIndex, queries: HostArray, ids: HostArray) -> HostA
     else:
         scores = np.einsum("qkd,qd->qk", vectors, queries.astype(np.float64))
     return np.where(ids == base.MISSING_ID, -np.inf, scores)
+
+
+def build(
+    exact: ExactIndex, queries: HostArray, own_ids: HostArray, *, k: int, target: float
+) -> tuple[ScannIndex, float]:
+    """A ScaNN index over the vectors of `exact`, tuned on queries, measured on others.
+
+    Args:
+      exact: holds the vectors and their ids, and gives the truth.
+      queries: float32 [q, d], q ≥ 1: half to tune on, half to measure on.
+      own_ids: int64 [q], see `Trial`.
+      k: neighbours that will be asked for.
+      target: the recall@k to reach, above 0 and at most 1.
+
+    Returns:
+      The index, and the recall@k that it was measured to have: below `target` only if
+      the greatest effort does not reach it.
+    """
+    index = ScannIndex.build(
+        exact.vectors,
+        exact.ids,
+        metric=exact.metric,
+        parameters=initial_parameters(exact.size, k),
+    )
+    half = -(-len(queries) // 2)
+    to_tune, to_measure = (
+        Trial.make(exact, queries[part], own_ids[part], k)
+        # A single query serves as both.
+        for part in (slice(half), slice(-half, None))
+    )
+    recall = 0.0
+    for caution in _CAUTION:
+        index = tune(index, to_tune, 1 - (1 - target) * caution)
+        recall = to_measure.recall(index)
+        if recall >= target:
+            break
+    return index, recall
 
 
 def initial_parameters(size: int, k: int) -> ScannParameters:

@@ -32,7 +32,7 @@ from realm_retro.retrieval.refresh.folder import (
     mark_using,
     training_ended,
 )
-from realm_retro.retrieval.refresh.inline import refresh_inline
+from realm_retro.retrieval.refresh.inline import finished_version, refresh_inline
 from realm_retro.retrieval.refresh.schedule import (
     Schedule,
     adaptive,
@@ -70,6 +70,7 @@ __all__ = [
     "begin_training",
     "end_training",
     "every",
+    "finished_version",
     "load_vectors",
     "mark_using",
     "newest_snapshot",

@@ -6,8 +6,10 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 from etils import epath
 
+from realm_retro.errors import UserError
 from realm_retro.retrieval.refresh import folder, snapshots, versions
 from realm_retro.retrieval.refresh.versions import Target, Version
 from realm_retro.retrieval.refresh.worker import Did, MakeEmbedder, Worker
@@ -47,17 +49,18 @@ def refresh_inline(
       report: takes one line of progress.
 
     Raises:
-      ValueError: there is a newer snapshot; see `begin_training`.
-      UserError: see `Worker.step`.
+      ValueError: there is a newer snapshot or version; see `begin_training`.
+      UserError: see `Worker.step`; or the snapshot cannot be read back.
     """
     path = folder.local(root)
     parents = target.parents if snapshot_parents is None else snapshot_parents
-    newer = [s for s in folder.steps(path / folder.SNAPSHOTS) if s > step]
-    if newer:
-        raise ValueError(
-            f"{path}: has a snapshot of step {newer[-1]}, after {step}; call"
-            " begin_training with the step that the training goes on from"
-        )
+    for part in (folder.SNAPSHOTS, folder.VERSIONS):
+        newest = max(folder.steps(path / part), default=step)
+        if newest > step:
+            raise ValueError(
+                f"{path}: has {part} of step {newest}, after {step}; call"
+                " begin_training with the step that the training goes on from"
+            )
     snapshot = snapshots.publish_snapshot(
         root, step, arrays, meta=meta, parents=parents, keep=keep
     )
@@ -71,6 +74,53 @@ def refresh_inline(
     )
     wanted = {**target.parents, "snapshot": snapshot.fingerprint}
     while step not in folder.steps(path / folder.VERSIONS):
-        if worker.step() in (Did.NOTHING, Did.WAIT):
+        did = worker.step()
+        if did is Did.NOTHING:
+            # Finished by another this moment, or never: then this says why.
+            snapshots.open_snapshot(root, step, parents=parents)
+        if did in (Did.NOTHING, Did.WAIT):
             time.sleep(poll_seconds)
     return versions.open_version(root, step, parents=wanted, verify=False)
+
+
+def finished_version(
+    root: epath.PathLike,
+    step: int,
+    arrays: Mapping[str, HostArray],
+    *,
+    parents: Mapping[str, str],
+) -> Version | None:
+    """What `refresh_inline` would find finished; writes nothing.
+
+    Args:
+      root: the shared folder; may be on a read-only disk.
+      step: how many steps the parameters have seen.
+      arrays: the embedder's parameters.
+      parents: role → fingerprint, of the snapshot and of the version.
+
+    Returns:
+      The version; None where it is not there, or of other parameters or parents.
+
+    Raises:
+      UserError: it is damaged.
+    """
+    if step not in folder.steps(folder.local(root) / folder.VERSIONS):
+        return None
+    try:
+        snapshot = snapshots.open_snapshot(root, step, parents=parents, verify=False)
+        there = snapshot.arrays()
+    except UserError:
+        return None  # `publish_snapshot` replaces it.
+    if there.keys() != arrays.keys() or not all(
+        there[name].dtype == value.dtype and np.array_equal(there[name], value)
+        for name, value in arrays.items()
+    ):
+        return None
+    wanted = {**parents, "snapshot": snapshot.fingerprint}
+    try:
+        return versions.open_version(root, step, parents=wanted, verify=False)
+    except UserError as error:
+        problem = str(error).partition(";")[0]  # the rest sends the user to a worker
+        raise UserError(
+            f"{problem}; delete {root} and run the same command again"
+        ) from None

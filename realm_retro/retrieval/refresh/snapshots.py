@@ -25,6 +25,7 @@ from realm_retro.typing import HostArray, JsonDict
 KIND = "snapshot"
 FORMAT_VERSION = 1
 MADE_BY = "realm_retro.cli.train"
+load_manifest = artifacts.loader(KIND, FORMAT_VERSION, MADE_BY)
 
 _FILE = "params.safetensors"
 _DTYPES = frozenset(
@@ -104,7 +105,7 @@ def publish_snapshot(
     final = path / folder.SNAPSHOTS / folder.step_name(step)
     try:
         _fill(private, step, arrays, meta or {}, parents or {})
-        written = _load(private, verify=False)
+        written = load_manifest(private, verify=False)
         if final.exists() and not _is(final, written):
             folder.forget(path, step)
         folder.place_directory(private, final)
@@ -134,7 +135,7 @@ def open_snapshot(
       UserError: it is missing, damaged, or of other parents.
     """
     path = folder.local(root) / folder.SNAPSHOTS / folder.step_name(step)
-    return Snapshot(step, _load(path, parents=parents, verify=verify))
+    return Snapshot(step, load_manifest(path, parents=parents, verify=verify))
 
 
 def newest_snapshot(
@@ -180,24 +181,8 @@ def _fill(
     stage.commit(meta)
 
 
-def _load(
-    directory: pathlib.Path,
-    *,
-    parents: Mapping[str, str] | None = None,
-    verify: bool,
-) -> artifacts.Manifest:
-    return artifacts.load(
-        directory,
-        kind=KIND,
-        format_version=FORMAT_VERSION,
-        made_by=MADE_BY,
-        parents=parents,
-        verify=verify,
-    )
-
-
 def _is(directory: pathlib.Path, wanted: artifacts.Manifest) -> bool:
     try:
-        return _load(directory, verify=True).fingerprint == wanted.fingerprint
+        return load_manifest(directory, verify=True).fingerprint == wanted.fingerprint
     except UserError:
         return False  # A damaged one is replaced.

@@ -13,13 +13,15 @@ from realm_retro.retrieval.refresh import folder, jobs, versions
 from realm_retro.retrieval.refresh.versions import Version
 
 _SAY_AGAIN_SECONDS = 60.0
+# A network file system may show a new directory so much later to another host.
+_SEEN_SECONDS = 180.0
 
 
 class Swapper:
-    """Polled between two steps; for the one process that decides for all hosts.
+    """Polled between two steps by the one process that decides for all hosts.
 
     It marks the current version and the one before it, so that workers do not delete
-    them.
+    them. The other processes of the training `follow` it.
     """
 
     def __init__(
@@ -29,6 +31,7 @@ class Swapper:
         parents: Mapping[str, str],
         poll_seconds: float = 1.0,
         owner: str = "trainer",
+        marks: bool = True,
         verify: bool = False,
         report: Callable[[str], None] = print,
     ):
@@ -39,6 +42,7 @@ class Swapper:
           parents: role → fingerprint that a version must come from, e.g. ``passages``.
           poll_seconds: the folder is listed at most this often.
           owner: the name of the mark that keeps versions from being deleted.
+          marks: whether it writes one; of several processes the one that decides.
           verify: recompute the checksums of a new version before it is taken. Its
             sizes are always compared, and its worker has just computed them.
           report: takes one line.
@@ -47,6 +51,7 @@ class Swapper:
         self._parents = dict(parents)
         self._poll_seconds = poll_seconds
         self._owner = owner
+        self._marks = marks
         self._verify = verify
         self._report = report
         self._held: tuple[int, ...] = ()
@@ -105,6 +110,7 @@ class Swapper:
         *,
         max_staleness: int,
         publish: Callable[[], object],
+        ahead: int = 0,
         should_stop: Callable[[], bool] = lambda: False,
     ) -> Version | None:
         """Returns when the current version is at most `max_staleness` steps old.
@@ -113,30 +119,59 @@ class Swapper:
 
         Args:
           step: the steps that were taken.
-          max_staleness: in steps; 0 and more.
-          publish: publishes a snapshot of now; called if no snapshot is new enough,
-            for which no waiting would help.
+          max_staleness: in steps; at least `ahead`.
+          publish: publishes a snapshot of now; called if no snapshot is new enough, or
+            the version of the newest was refused: no waiting would help.
+          ahead: how many steps later than `step` the index is asked for.
           should_stop: asked while waiting, e.g. whether the process was told to end.
 
         Returns:
           The new version; None where none was needed, or waiting was stopped.
         """
-        if not self._too_stale(step, max_staleness):
+        oldest = step + ahead - max_staleness
+        if not self._older_than(oldest):
             return None
         fresh, next_line = self._look(step), 0.0
-        while self._too_stale(step, max_staleness) and not should_stop():
+        while self._older_than(oldest) and not should_stop():
             snapshots = folder.steps(self._root / folder.SNAPSHOTS)
-            if not snapshots or step - snapshots[-1] > max_staleness:
+            if not [s for s in snapshots if s >= oldest and s not in self._refused]:
+                self._forget_refused(step)
                 publish()
             if time.monotonic() >= next_line:
-                self._report(self._waiting_line(step, max_staleness))
+                self._report(self._waiting_line(step, oldest, max_staleness))
                 next_line = time.monotonic() + _SAY_AGAIN_SECONDS
             time.sleep(self._poll_seconds)
             fresh = self._look(step) or fresh
         return fresh
 
-    def _too_stale(self, step: int, max_staleness: int) -> bool:
-        return self.current is None or self.staleness(step) > max_staleness
+    def follow(self, step: int) -> Version:
+        """Takes the version that the process which decides has taken.
+
+        Raises:
+          UserError: this process does not see it, or it was made of other passages.
+        """
+        until = time.monotonic() + _SEEN_SECONDS
+        while step not in folder.steps(self._root / folder.VERSIONS):
+            if time.monotonic() > until:
+                name = self._root / folder.VERSIONS / folder.step_name(step)
+                raise UserError(
+                    f"{name}: is there for the first process of this training, not for"
+                    " this one; use a --workdir on a file system that all of them share"
+                )
+            time.sleep(self._poll_seconds)
+        version = versions.open_version(self._root, step, verify=self._verify)
+        _check_parents(version.manifest, self._parents)
+        self._use(version)
+        return version
+
+    def _older_than(self, oldest: int) -> bool:
+        return self.current is None or self.current.step < oldest
+
+    def _forget_refused(self, step: int) -> None:
+        # A snapshot of this very step would make none of a version that is there.
+        if step in self._refused:
+            folder.forget(self._root, step)
+            self._refused.remove(step)
 
     def _look(self, step: int) -> Version | None:
         after = self.current.step if self.current else -1
@@ -168,6 +203,8 @@ class Swapper:
         self._mark()
 
     def _mark(self, *more: int) -> None:
+        if not self._marks:
+            return
         current = (self.current.step,) if self.current else ()
         folder.mark_using(
             self._root,
@@ -175,7 +212,7 @@ class Swapper:
             owner=self._owner,
         )
 
-    def _waiting_line(self, step: int, max_staleness: int) -> str:
+    def _waiting_line(self, step: int, oldest: int, max_staleness: int) -> str:
         have = (
             "there is none" if self.current is None else f"of step {self.current.step}"
         )
@@ -186,7 +223,7 @@ class Swapper:
             else "no worker is alive; start: python -m realm_retro.cli.refresh_index"
         )
         return (
-            f"step {step}: waits for an index of step {max(0, step - max_staleness)} or"
+            f"step {step}: waits for an index of step {max(0, oldest)} or"
             f" later ({have}, max_staleness is {max_staleness}): {who}"
         )
 

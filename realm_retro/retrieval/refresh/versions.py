@@ -26,6 +26,7 @@ from realm_retro.typing import HostArray, JsonDict
 KIND = "index_version"
 FORMAT_VERSION = 1
 MADE_BY = "realm_retro.cli.refresh_index"
+load_manifest = artifacts.loader(KIND, FORMAT_VERSION, MADE_BY)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,14 +142,7 @@ def open_version(
       UserError: it is missing, damaged, or of other parents.
     """
     directory = folder.local(root) / folder.VERSIONS / folder.step_name(step)
-    manifest = artifacts.load(
-        directory,
-        kind=KIND,
-        format_version=FORMAT_VERSION,
-        made_by=MADE_BY,
-        parents=parents,
-        verify=verify,
-    )
+    manifest = load_manifest(directory, parents=parents, verify=verify)
     return Version(step, manifest)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import enum
 import os
+import pathlib
 import secrets
 import socket
 import time
@@ -138,8 +139,13 @@ class Worker:
           poll_seconds: between two looks at the folder while there is nothing to do.
         """
         active, seen = time.monotonic(), ()
+        alone = True  # no work was seen yet
         while not folder.training_ended(self._root):
-            if self.step() in (Did.SHARD, Did.VERSION):
+            did = self.step()
+            if did is Did.NOTHING and alone:
+                self._report(_waiting(self._root, max_idle_seconds))
+            alone = False
+            if did in (Did.SHARD, Did.VERSION):
                 active = time.monotonic()
                 continue
             if (now_seen := self._visible()) != seen:
@@ -298,6 +304,14 @@ class Worker:
         except FileNotFoundError:
             return ()
         return step, status.st_ino, status.st_mtime_ns
+
+
+def _waiting(root: pathlib.Path, max_idle_seconds: float) -> str:
+    most = f"{max_idle_seconds:g} s" if max_idle_seconds else "ever"
+    return (
+        f"waiting for a training to publish a snapshot in {root / folder.SNAPSHOTS},"
+        f" for {most} (--max_idle_seconds)"
+    )
 
 
 @contextlib.contextmanager

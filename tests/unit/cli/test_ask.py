@@ -3,8 +3,10 @@
 import json
 
 import pytest
+import tiny_qa
 from absl import flags
 from absl.testing import flagsaver
+from etils import epath
 
 from realm_retro.cli import ask
 from realm_retro.errors import UserError
@@ -125,3 +127,17 @@ def test_a_bad_file_is_named(asked, tmp_path, name, content, message):
     asked["questions_file"].value = str(tmp_path / (name or "none.txt"))
     with pytest.raises(UserError, match=message):
         questions()
+
+
+def test_a_long_question_is_not_echoed_whole():
+    [line] = "".join(ask._as_text(answer(question="why " * 5000))).split("Answer")[:1]
+    assert line.endswith("why …")
+    assert len(line) < 420
+
+
+def test_a_run_to_start_from_that_is_not_there_is_all_that_is_said(tmp_path):
+    tiny_qa.write_passages(tmp_path)
+    config, said = tiny_qa.config("unused", init__run="before"), []
+    with pytest.raises(UserError, match="has no trained run of that name"):
+        ask._open(config, epath.Path(tmp_path), said.append)
+    assert said == []

@@ -109,6 +109,12 @@ def test_a_really_full_disk(command):
     assert "w: the disk is full; free space and run the same" in done.stderr
 
 
+def test_a_folder_in_the_place_of_a_file(command):
+    done = command('common.lines_of(".", flag="--questions_file")')
+    assert done.returncode == 2
+    assert "--questions_file .: is a folder; name a file in it" in done.stderr
+
+
 def test_other_system_errors_are_bugs(command):
     done = command('open("no such file")')
     assert done.returncode == 1
@@ -134,7 +140,7 @@ def test_a_stray_argument_is_named(command):
 
 def test_an_unknown_flag_is_named(command):
     done = command("pass", "--wrkdir=w")
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert "Unknown command line flag 'wrkdir'" in done.stderr
 
 
@@ -143,7 +149,7 @@ def test_required_flags_are_named(command, tmp_path, missing):
     flags = {"config": f"--config={tmp_path / 'config.py'}", "workdir": "--workdir=w"}
     del flags[missing]
     done = command("pass", *flags.values(), config=False)
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert f"--{missing}" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -157,6 +163,7 @@ def test_a_misspelt_override_is_named(command, override):
 
 def test_help_shows_what_the_command_does(command):
     done = command("pass", "--help", config=False)
+    assert done.returncode == 0
     assert "Does what the test says." in done.stdout
     assert "--workdir" in done.stdout
     assert "--config.section.name=value" in " ".join(done.stdout.split())

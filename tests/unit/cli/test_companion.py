@@ -131,3 +131,24 @@ def test_ctrl_c_ends_both(tmp_path):
         driver.send_signal(signal.SIGTERM)
         assert driver.wait(timeout=60) == 130
     assert is_gone(path)
+
+
+def test_a_stage_that_does_not_end_is_killed(tmp_path):
+    path = tmp_path / "started"
+    stubborn = counting(path, "signal.signal(15, signal.SIG_IGN); time.sleep(600)")
+    code = f"""
+        import sys
+        from realm_retro.cli import processes
+        processes._GRACE_SECONDS, processes._END_SECONDS = 0.5, 0.5
+        with processes.terminated_like_ctrl_c():
+            try:
+                processes.run({stubborn!r})
+            except KeyboardInterrupt:
+                sys.exit(130)
+    """
+    with subprocess.Popen(python(code)) as driver:
+        while not path.exists() or not path.read_text():
+            time.sleep(0.01)
+        driver.send_signal(signal.SIGTERM)
+        assert driver.wait(timeout=60) == 130
+    assert is_gone(path)

@@ -126,7 +126,7 @@ def test_bad_flags(tmp_path, published):
         run(tmp_path, input=inputs, output="x")
     with pytest.raises(UserError, match="no --input has block vectors"):
         run(tmp_path, input=inputs[:1], records=records)
-    with pytest.raises(UserError, match="weights missing; run: python -m realm_retro"):
+    with pytest.raises(UserError, match=r"weights missing; .*convert .*--input=FOLDER"):
         run(tmp_path, output=str(tmp_path / "x"))
 
 

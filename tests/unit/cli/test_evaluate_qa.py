@@ -1,6 +1,12 @@
 """The table shows what was measured, and no more."""
 
-from realm_retro.cli import evaluate_qa
+import numpy as np
+import pytest
+import tiny_qa
+
+from realm_retro.cli import evaluate_qa, find_answers
+from realm_retro.data.questions import Question
+from realm_retro.realm.question_sets import QaConfig
 
 
 def value(mean):
@@ -33,6 +39,79 @@ def test_the_table():
     assert "40.0 [30.0, 50.0]" in run
     assert lexical.rstrip().endswith("–")
     assert len({len(line) for line in (columns, run, lexical)}) == 1
+
+
+def test_gold_recall_is_a_table_of_its_own():
+    gold = {"1": value(0.75), "20": value(0.5)}
+    rows = [{**row, "gold_recall": gold} for row in report()["results"]]
+    *_, lexical, columns, run, last = evaluate_qa.table(report(results=rows))
+    assert lexical.startswith("  BM25")
+    assert columns.startswith("  gold document, 40 questions  ")
+    assert columns.endswith("recall@20")
+    assert "75.0 [65.0, 85.0]" in run
+    assert last.startswith("  BM25")
+    assert len({len(line) for line in (columns, run, last)}) == 1
+
+
+def test_what_an_approximate_index_misses_is_told():
+    found = report()
+    run = found["results"][0]
+    index = {"backend": "scann", "k": 100, "queries": 256, "recall": 0.9531}
+    *_, last = evaluate_qa.table({**found, "results": [{**run, "index": index}]})
+    assert last == (
+        "  qa: searched with scann, which finds 95.3% of the 100 passages that exact"
+        " search finds (256 questions)"
+    )
+    exact = {**index, "backend": "exact", "recall": 1.0}
+    *_, last = evaluate_qa.table({**found, "results": [{**run, "index": exact}]})
+    assert "searched" not in last
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    """Three documents; the second one has two passages."""
+    long = "Emma was there. " * 12
+    return tiny_qa.write_passages(
+        tmp_path_factory.mktemp("gold"), corpus=["Emma wrote.", long, "Nobody."]
+    )
+
+
+def measured(store, workdir, documents, ids):
+    asked = [
+        Question(str(i), "who", ("Emma",), document=document)
+        for i, document in enumerate(documents)
+    ]
+    answers = find_answers.find(workdir, asked, store)
+    gold = evaluate_qa._gold(asked, store)
+    test = evaluate_qa.Test(asked, answers, gold, store, QaConfig(recall_at=(1, 2)))
+    return test.recalls(np.array(ids))
+
+
+def test_recall_of_answers_and_of_gold_documents(store, tmp_path, capsys):
+    _, second, third = (store.document_id(row) for row in range(3))
+    last = int(store.first_passage[2]) - 1  # of the second document
+    assert last > 1
+    found = measured(
+        store,
+        tmp_path,
+        [second, third, "", "lost"],
+        [[0, last], [0, -1], [0, 1], [0, 1]],
+    )
+    assert found["recall"]["1"]["value"] == 1
+    # Of three questions with a gold document one finds it, as the second passage.
+    assert found["gold_recall"]["1"]["value"] == 0
+    assert found["gold_recall"]["2"]["value"] == pytest.approx(1 / 3)
+    assert found["gold_recall"]["2"]["questions"] == 3
+    said = capsys.readouterr().out
+    assert "1 questions name a document that the corpus does not have" in said
+    assert "count as not found" in said
+
+
+def test_without_gold_documents_there_is_no_such_recall(store, tmp_path, capsys):
+    for documents in (["", ""], ["lost", ""]):
+        found = measured(store, tmp_path, documents, [[0, 1], [1, 0]])
+        assert set(found) == {"recall"}
+    assert "gold recall is left out" in capsys.readouterr().out
 
 
 def test_without_a_run_there_are_no_answers():

@@ -57,3 +57,15 @@ def test_what_was_dropped_is_counted(tmp_path, capsys):
 def test_the_workers_folder_may_not_be_there_yet(tmp_path, capsys):
     work(tmp_path / "w" / "refresh")
     assert "nothing to do for 0 s: this worker ends" in capsys.readouterr().out
+
+
+def test_a_worker_says_what_it_waits_for(tmp_path, capsys):
+    work(tmp_path)
+    waits = capsys.readouterr().out.splitlines()[1]
+    assert waits == (
+        "refresh: waiting for a training to publish a snapshot in"
+        f" {tmp_path}/snapshots, for 0.05 s (--max_idle_seconds)"
+    )
+    publish(tmp_path, 7)
+    work(tmp_path)
+    assert "waiting" not in capsys.readouterr().out

@@ -293,7 +293,9 @@ def test_a_tfds_dataset_that_cannot_be_read(tmp_path, tfds_dir):
         assert "\n" not in str(error.value)
         return str(error.value)
 
-    assert "is not known" in refusal("tfds:no_such_dataset:train")
+    message = refusal("tfds:no_such_dataset:train")
+    assert message.startswith("config.corpus.source: the TFDS dataset 'no_such_dat")
+    assert "is not known" in message
     assert "name dataset and split" in refusal("tfds:vital_articles/es")
     assert "has no split 'test'" in refusal("tfds:vital_articles/es:test")
     assert "it has: train" in refusal("tfds:vital_articles/es:test")
@@ -304,5 +306,5 @@ def test_a_tfds_dataset_that_cannot_be_read(tmp_path, tfds_dir):
 def test_a_tfds_dataset_that_cannot_be_prepared(tmp_path):
     (tmp_path / "vital_articles").mkdir()
     (tmp_path / "vital_articles" / "fr").write_text("in the way")
-    with pytest.raises(UserError, match=r"could not be prepared .*array_record"):
+    with pytest.raises(UserError, match=r"and set config\.corpus\.data_dir$"):
         read_tfds("tfds:vital_articles/fr:train", data_dir=str(tmp_path))

@@ -6,7 +6,7 @@ import threading
 import numpy as np
 import pytest
 
-from realm_retro.data.loader import batches, prefetch
+from realm_retro.data.loader import Rows, batches, prefetch
 from realm_retro.errors import UserError
 
 
@@ -125,3 +125,8 @@ def test_prefetch_raises_what_reading_raises():
 
     with pytest.raises(ValueError, match="step 4"):
         next(prefetch(Broken(), 4))
+
+
+def test_a_choice_of_rows_is_drawn_from():
+    found = batches(Rows(np.array([3, 5, 8])), seed=0, batch_size=3)[0]
+    assert sorted(found["row"].tolist()) == [3, 5, 8]

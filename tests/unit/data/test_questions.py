@@ -67,6 +67,13 @@ def test_forms_of_answers(tmp_path):
     assert one(tmp_path, answers=["a"], question_id="x").id == "x"
 
 
+def test_a_gold_document(tmp_path):
+    assert one(tmp_path, answers=["a"]).document == ""
+    assert one(tmp_path, answers=["a"], document=None).document == ""
+    assert one(tmp_path, answers=["a"], document="emma-1").document == "emma-1"
+    assert one(tmp_path, answers=["a"], document=7).document == "7"
+
+
 @pytest.mark.parametrize(
     ("row", "said"),
     [
@@ -90,6 +97,9 @@ def test_forms_of_answers(tmp_path):
         ({"query": "q", "answers": ["a"]}, "has the fields: query, answers"),
         ({"question": "q", "answers": ["\ud800"]}, "half of a surrogate pair"),
         ({"id": [], "question": "q", "answers": ["a"]}, "'id' is []"),
+        ({**GOOD, "document": {"id": 1}}, "'document' is {'id': 1}"),
+        ({**GOOD, "document": True}, "'document' is True"),
+        ({**GOOD, "document": "\ud800"}, "half of a surrogate pair"),
         ("{", "is not JSON"),
         ("[1]", "is a JSON list"),
         ("[" * 100_000, "is not JSON"),
@@ -131,6 +141,8 @@ def test_the_fingerprint_is_of_the_content(tmp_path):
     again = load_questions(write(tmp_path / "b.jsonl", "", one, two))
     other = load_questions(write(tmp_path / "c.jsonl", one, {**two, "answers": ["z"]}))
     assert fingerprint(first) == fingerprint(again) != fingerprint(other)
+    gold = load_questions(write(tmp_path / "d.jsonl", {**one, "document": "e"}, two))
+    assert fingerprint(first) == fingerprint(gold)
     assert fingerprint(first) != fingerprint(first[::-1])
 
 

@@ -78,6 +78,7 @@ def test_folders_globs_files_and_lists(tmp_path, monkeypatch):
 
 def test_a_pattern_that_matches_nothing(tmp_path):
     assert "'nowhere' matches no file" in refusal("nowhere")
+    assert "known are .txt, .md, .py, .jsonl, each also with .gz" in refusal("nowhere")
     assert "matches no file" in refusal(f"{tmp_path}/*.txt")
     assert "matches no file" in refusal(tmp_path)
     (tmp_path / "a.txt").write_text("a")

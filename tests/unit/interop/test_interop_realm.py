@@ -9,7 +9,7 @@ import tiny_bert
 import tiny_realm
 
 from realm_retro.errors import UserError
-from realm_retro.interop import export, name_table, realm
+from realm_retro.interop import export, realm
 from realm_retro.parallel import axes
 from realm_retro.realm import model as model_lib
 from realm_retro.realm.config import RealmConfig
@@ -249,10 +249,3 @@ def test_a_tower_of_another_shape_is_not_written(tmp_path):
     with pytest.raises(UserError, match="lacks pooler/bias, unlike a RealmEmbedder"):
         export.save(tmp_path / "out", "RealmEmbedder", published.model, tower)
     assert not (tmp_path / "out").exists()
-
-
-def test_flat_names():
-    tree = {"a": {"b": np.zeros(1), "c": {"d": np.ones(2)}}, "e": np.ones(3)}
-    flat = name_table.flatten(tree)
-    assert sorted(flat) == ["a/b", "a/c/d", "e"]
-    jax.tree.map(np.testing.assert_array_equal, name_table.unflatten(flat), tree)

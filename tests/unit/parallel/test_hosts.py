@@ -1,5 +1,7 @@
 import os
 import signal
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -63,3 +65,28 @@ def test_preemption_in_another_thread_leaves_signals_alone():
     thread.start()
     thread.join()
     assert answers == [False]
+
+
+def test_no_cluster_to_ask():
+    # In a process of its own: this one has its devices already.
+    script = (
+        "from realm_retro.errors import UserError\n"
+        "from realm_retro.parallel import hosts\n"
+        "try:\n"
+        "    hosts.initialise(detect=True)\n"
+        "except UserError as error:\n"
+        "    print(error)\n"
+    )
+    clusters = ("JAX_", "SLURM", "OMPI", "TPU", "PMI")
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(clusters)}
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**environ, "JAX_PLATFORMS": "cpu"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.startswith("--distributed: JAX finds no cluster here (")
+    assert "set JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, JAX_PROCESS_ID" in (
+        done.stdout
+    )

@@ -20,6 +20,20 @@ def test_recall_counts_questions():
     assert evaluation.recall(has, 100).tolist() == [1, 0, 1, 1]
 
 
+def test_gold_documents_are_found_by_their_ids():
+    asked = [Question(str(i), "q", ("a",), document=d) for i, d in enumerate("cx-a")]
+    asked[2] = Question("2", "q", ("a",))
+    gold = evaluation.gold_rows(asked, iter(["a", "b", "c", ""]))
+    assert gold.tolist() == [2, evaluation.GOLD_ELSEWHERE, evaluation.NO_GOLD, 0]
+    # Documents of what was found; −1 is a passage that is missing, not a document.
+    found = np.array([[0, 2, 2], [0, 1, -1], [2, 0, 1], [-1, -1, -1]])
+    nan = np.nan
+    for k, expected in [(1, [0, 0, nan, 0]), (2, [1, 0, nan, 0]), (9, [1, 0, nan, 0])]:
+        np.testing.assert_array_equal(
+            evaluation.gold_recall(found, gold, k), np.array(expected, float)
+        )
+
+
 def test_scores_go_where_they_apply():
     found = evaluation.scores(["austen", "August 1977 or so", "Hague city"], QUESTIONS)
     assert set(found) == set(evaluation.MEASURES)

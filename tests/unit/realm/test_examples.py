@@ -174,6 +174,8 @@ def test_shapes_and_dtypes_are_those_of_the_loss(store, salient):
         "targets": ((3, j), np.int32),
         "target_mask": ((3, j), np.bool_),
         "cut": ((3,), np.int32),
+        "wanted_targets": ((3,), np.int32),
+        "lost_targets": ((3,), np.int32),
         "row": ((3,), np.int64),
     }
     assert {n: (x.shape, x.dtype) for n, x in batch.items()} == expected
@@ -195,6 +197,33 @@ def test_spans_that_cannot_be_masked_are_counted(store, salient, asked):
     short = dataclasses.replace(CONFIG, max_masks=2)
     one = next(one for row, one in each(make(store, salient, short)) if row == 0)
     assert one["cut"] == 1, "1994 has four pieces"
+
+
+def test_lost_targets_of_salient_spans_are_counted(store, salient, asked):
+    short = dataclasses.replace(CONFIG, max_masks=2)
+    cut = each(make(store, salient, short))
+    for config, found in ((CONFIG, asked), (short, cut)):
+        for row, one in found:
+            width = np.diff(salient.of(row), axis=1)[:, 0]
+            fits = (width <= config.max_masks) & (store.title(row) != CUT)
+            assert one["wanted_targets"] == width.sum()
+            assert one["lost_targets"] == width[~fits].sum()
+
+
+@pytest.mark.parametrize("kind", ["span", "tokens"])
+def test_lost_targets_of_random_masks_are_counted(store, kind):
+    """Fewer masks than are wanted are a share of them, not silence."""
+    one_mask = dataclasses.replace(CONFIG, max_masks=1)
+    lost = wanted = kept = 0
+    for _, one in each(make(store, None, one_mask, masking=kind), steps=40):
+        assert one["wanted_targets"] - one["lost_targets"] == one["target_mask"].sum()
+        lost += one["lost_targets"]
+        wanted += one["wanted_targets"]
+        kept += one["target_mask"].sum()
+    assert lost == wanted - kept > 0
+    batch = make(store, None, one_mask, masking=kind, batch_size=len(store))(0)
+    share, weight = examples.lost_share(batch)
+    assert 0 < share / weight < 1
 
 
 def test_every_sentence_with_a_span_comes_up(store, asked):

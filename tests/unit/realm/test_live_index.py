@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from realm_examples import small_realm
 
+from realm_retro.arrays import ShardedArray
 from realm_retro.errors import UserError
-from realm_retro.realm import search
+from realm_retro.realm import live_index, search
 from realm_retro.realm.live_index import LiveIndex
 from realm_retro.retrieval import refresh
 from realm_retro.retrieval.refresh import RefreshConfig, Worker
@@ -40,6 +41,10 @@ def make_embedder(arrays):
     return embed
 
 
+def build_index(vectors):
+    return search.build_index(np.asarray(vectors[:], np.float32))
+
+
 def expected(step):
     kernel = np.asarray(params_of(step)["document"]["dense"]["kernel"])
     return np.sin(np.arange(ROWS, dtype=np.float32)[:, None] * kernel)
@@ -48,7 +53,18 @@ def expected(step):
 class Training:
     """A training's side of an index, step by step."""
 
-    def __init__(self, root, *, mode="inline", every=3, embed=None, build=None, **more):
+    def __init__(
+        self,
+        root,
+        *,
+        mode="inline",
+        every=3,
+        embed=None,
+        build=None,
+        depth=0,
+        keep_checkpoints=2,
+        **more,
+    ):
         self.lines = []
         settings = RefreshConfig(every=every, shard_rows=8, poll_seconds=0.005, **more)
         self.target = settings.target(ROWS, PARENTS)
@@ -60,16 +76,18 @@ class Training:
             mode=mode,
             target=self.target,
             make_embedder=embed or make_embedder,
-            build=build or search.build_index,
+            build=build or build_index,
+            depth=depth,
+            keep_checkpoints=keep_checkpoints,
             report=self.lines.append,
         )
 
     def start(self, step=0):
         return self.index.current(step, params_of(step))
 
-    def after(self, step, params=None):
+    def after(self, step, params=None, should_stop=lambda: False):
         state = TrainState(step, params or params_of(step), None)
-        self.index.after_step(LoopState(step, state, self.root))
+        self.index.after_step(LoopState(step, state, self.root, should_stop))
 
     def steps(self, first, last):
         """Takes steps; the index's step that each of them asks."""
@@ -240,13 +258,95 @@ def test_the_training_waits_rather_than_ask_what_is_too_stale(root):
     assert any("waits for an index of step 1 or later" in x for x in training.lines)
 
 
+class Asked:
+    """Says that SIGTERM came when it was asked so often."""
+
+    def __init__(self, times):
+        self.left = times
+
+    def __call__(self):
+        self.left -= 1
+        return self.left < 0
+
+
+def test_the_wait_ends_when_the_process_is_told_to_stop(root):
+    training = Training(root, mode="workers", every=100, max_staleness=3)
+    training.steps(0, 3)
+    training.after(4, should_stop=Asked(3))  # returns, though no worker is there
+    assert training.start(4).version.step == 0
+    saved = carried(training)
+
+    # Where it goes on it waits anew before it takes a step.
+    again = Training(root, mode="workers", every=100, max_staleness=3)
+    again.index.resume(saved)
+    helper = threading.Thread(target=again.work)
+    helper.start()
+    again.after(4)
+    helper.join()
+    assert_is(again.start(4), 4)
+
+
+def test_the_wait_for_a_slow_build_ends_too(root):
+    slow, done = threading.Event(), threading.Event()
+
+    def build(vectors):
+        if slow.is_set():
+            assert done.wait(PATIENCE)
+        return build_index(vectors)
+
+    training = Training(root, mode="workers", every=100, max_staleness=3, build=build)
+    training.start()
+    slow.set()
+    helper = threading.Thread(target=training.work)
+    helper.start()
+    training.after(4, should_stop=lambda: training.index._building is not None)
+    helper.join()
+    assert training.start(4).version.step == 0
+    done.set()
+    training.after(4)
+    assert_is(training.start(4), 4)
+
+
+@pytest.mark.parametrize("mode", ["inline", "workers"])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_no_search_asks_an_index_beyond_the_limit(root, mode, depth):
+    limit, more = 3, {"max_staleness": 3, "depth": depth}
+    training = Training(root, mode=mode, every=100, **more)
+    asked = {0: training.start().version.step}
+    helper = threading.Thread(
+        target=lambda: training.worker().run(poll_seconds=0.001), daemon=True
+    )
+    helper.start()
+    for step in range(1, 12):
+        # What `train.feed` does: the search of a step is `depth` steps ahead.
+        training.after(step)
+        asked[step + depth] = training.start(step + depth).version.step
+    training.index.end()
+    helper.join(PATIENCE)
+    staleness = [step - version for step, version in asked.items()]
+    assert max(staleness) == limit
+    assert min(staleness) >= 0
+
+
+def test_a_newer_index_that_is_too_stale_is_not_enough(root):
+    training = Training(root, mode="workers", every=2, max_staleness=4)
+    training.steps(0, 3)
+    training.published(2)
+    training.work()
+    helper = threading.Thread(target=training.work)
+    helper.start()
+    training.after(8)
+    helper.join()
+    assert_is(training.start(8), 8)
+
+
 def test_a_slow_build_does_not_make_it_too_stale(root):
     slow = threading.Event()
 
     def build(vectors):
         if slow.is_set():
             time.sleep(0.3)  # as a large index takes
-        return search.build_index(vectors)
+        return build_index(vectors)
 
     training = Training(root, mode="workers", every=100, max_staleness=2, build=build)
     training.start()
@@ -302,12 +402,48 @@ def test_indexes_of_checkpoints_outlive_refreshes(root):
     training.steps(7, 12)
     for saved in (first, second):
         assert refresh.open_version(root, saved["version"]).step == saved["version"]
-    # A third checkpoint takes the place of the first.
+    # A third checkpoint takes the place of the first, but only when it is whole.
     carried(training)
     training.steps(12, 15)
+    assert refresh.open_version(root, first["version"])
+    carried(training)
+    training.steps(15, 18)
     with pytest.raises(UserError, match="missing"):
         refresh.open_version(root, first["version"])
     assert refresh.open_version(root, second["version"])
+
+
+def test_the_only_checkpoint_keeps_its_index_until_the_next_is_whole(root):
+    training = Training(root, every=1, keep_checkpoints=1)
+    training.steps(0, 2)
+    first = carried(training)
+    training.steps(2, 7)
+    carried(training)  # a kill while this one is being written
+    training.steps(7, 12)
+    again = Training(root, every=1, keep_checkpoints=1)
+    again.index.resume(first)
+    assert_is(again.start(2), first["version"])
+
+
+def test_a_swap_reads_the_probes_alone_in_the_loops_thread(root, monkeypatch):
+    read, whole = [], ShardedArray.__getitem__
+
+    def spy(vectors, rows):
+        found = whole(vectors, rows)
+        if threading.current_thread() is threading.main_thread():
+            read.append(len(found))
+        return found
+
+    monkeypatch.setattr(live_index, "_PROBES", 5)
+    training = Training(root, mode="workers", target_overlap=0.5, shortest=1)
+    training.steps(0, 3)
+    training.index.probe = jnp.ones((4, DIM))
+    training.published(3)
+    training.work()
+    monkeypatch.setattr(ShardedArray, "__getitem__", spy)
+    training.until(4, 3)
+    assert read == [5, 5], "of the old one and of the new one"
+    assert "kept" in training.lines[-1]
 
 
 def test_after_going_on_the_older_checkpoint_keeps_its_index_too(root):
@@ -335,6 +471,24 @@ def test_an_index_that_is_gone_is_one_clear_line(root):
     assert "\n" not in str(error.value)
 
 
+def test_the_index_of_another_training_is_refused(root):
+    training = Training(root)
+    training.steps(0, 4)
+    saved = carried(training)
+    # Another one in the same folder has come to the same step with other weights.
+    refresh.begin_training(root, step=0)
+    refresh.refresh_inline(
+        root,
+        3,
+        {"document/dense/kernel": np.ones(DIM, np.float32)},
+        make_embedder,
+        training.target,
+    )
+    with pytest.raises(UserError, match=r"not the index.*--config\.name") as error:
+        Training(root).index.resume(saved)
+    assert "\n" not in str(error.value)
+
+
 def test_an_index_of_other_passages_is_refused(root):
     training = Training(root)
     training.steps(0, 4)
@@ -346,7 +500,7 @@ def test_an_index_of_other_passages_is_refused(root):
         mode="inline",
         target=RefreshConfig().target(ROWS, {"passages": "b" * 64}),
         make_embedder=must_not_embed,
-        build=search.build_index,
+        build=build_index,
     )
     with pytest.raises(UserError, match="made from passages aaaa") as error:
         other.resume(saved)

@@ -1,5 +1,7 @@
 """Which shapes of a REALM are refused, and the lengths that follow from one."""
 
+import dataclasses
+
 import pytest
 from realm_examples import small_realm
 
@@ -26,6 +28,8 @@ def test_bert_has_the_configs_shape():
     assert (bert.vocab_size, bert.width, bert.num_layers) == (111, 16, 2)
     assert (bert.num_heads, bert.hidden) == (4, 24)
     assert (bert.activation, bert.compute_dtype) == ("gelu_tanh", "bfloat16")
+    assert small_realm(remat=True).bert.remat
+    assert not bert.remat
 
 
 @pytest.mark.parametrize(
@@ -46,6 +50,47 @@ def test_bert_has_the_configs_shape():
 def test_refuses_what_does_not_fit(changes, message):
     with pytest.raises(ValueError, match=message):
         small_realm(**changes)
+
+
+def test_a_fingerprint_of_what_makes_a_vector():
+    changes = {
+        "vocab_size": 112,
+        "width": 32,
+        "num_layers": 3,
+        "num_heads": 2,
+        "hidden": 25,
+        "max_positions": 21,
+        "activation": "relu",
+        "epsilon": 1e-6,
+        "embed_dim": 0,
+        "pooling": "mean",
+        "pooler": True,
+        "projection_norm": False,
+        "normalise": True,
+        "document_types": True,
+        "tied": True,
+        "compute_dtype": "bfloat16",
+    }
+    others = {
+        "title_length": 4,
+        "body_length": 6,
+        "score_scale": 2.0,
+        "dropout": 0.1,
+        "marginal": "per_token",
+        "candidates": 5,
+        "query_length": 7,
+        "max_masks": 4,
+        "span_width": 3,
+        "span_hidden": 9,
+        "remat": True,
+    }
+    fields = {field.name for field in dataclasses.fields(RealmConfig)}
+    assert fields == changes.keys() | others.keys()
+    usual = small_realm().embedder_fingerprint
+    for name, value in changes.items():
+        assert small_realm(**{name: value}).embedder_fingerprint != usual, name
+    for name, value in others.items():
+        assert small_realm(**{name: value}).embedder_fingerprint == usual, name
 
 
 def test_a_config_section_names_what_is_missing():

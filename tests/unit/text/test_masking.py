@@ -49,11 +49,19 @@ def word_lists(draw):
 
 @given(word_lists(), st.integers(0, 99), st.integers(1, 8))
 def test_random_spans_are_whole_words(words, seed, max_masks):
-    found = masking.mask_random_span(words, rng(seed), max_masks)
+    found, lost = masking.mask_random_span(words, rng(seed), max_masks)
     assert len(found) <= max_masks
     if not len(found):
         assert all(end - start > max_masks for start, end in words)
+        # Whatever was to be masked is lost.
+        assert (lost > 0) == (len(words) > 0)
         return
+    # With room for all words nothing is lost, and it is the same run but for its end.
+    longer, nothing = masking.mask_random_span(words, rng(seed), 10_000)
+    assert nothing == 0
+    if (words[:, 1] - words[:, 0] <= max_masks).all():
+        assert len(longer) == len(found) + lost
+        assert longer[0] == found[0]
     assert found.tolist() == list(range(found[0], found[-1] + 1))
     assert found[0] in words[:, 0]
     assert found[-1] + 1 in words[:, 1]
@@ -61,7 +69,10 @@ def test_random_spans_are_whole_words(words, seed, max_masks):
 
 def test_random_spans_have_spanberts_lengths_and_start_anywhere():
     words = np.stack([np.arange(400), np.arange(1, 401)], axis=1)
-    found = [masking.mask_random_span(words, rng(seed), 10) for seed in range(3000)]
+    drawn = [masking.mask_random_span(words, rng(seed), 10) for seed in range(3000)]
+    found, lost = zip(*drawn, strict=True)
+    # Beyond the tenth of words that are as likely to be the last: 0.8^10 / 0.2.
+    np.testing.assert_allclose(np.mean(lost), 0.8**10 / 0.2, rtol=0.25)
     lengths = np.bincount([len(f) for f in found], minlength=11)[1:] / len(found)
     geometric = 0.2 * 0.8 ** np.arange(10)
     geometric[-1] += 0.8**10  # cut at ten
@@ -71,9 +82,10 @@ def test_random_spans_have_spanberts_lengths_and_start_anywhere():
 
 @given(st.integers(0, 100), st.integers(0, 99), st.integers(1, 12))
 def test_random_tokens(length, seed, max_masks):
-    found = masking.mask_random_tokens(length, rng(seed), max_masks)
-    expected = min(max(1, round(0.15 * length)), max_masks, length)
-    assert len(found) == expected
+    found, lost = masking.mask_random_tokens(length, rng(seed), max_masks)
+    wanted = min(max(1, round(0.15 * length)), length)
+    assert len(found) == min(wanted, max_masks)
+    assert lost == wanted - len(found)
     assert found.dtype == np.int32
     assert (np.diff(found) > 0).all()
     assert all(0 <= position < length for position in found)
@@ -84,8 +96,8 @@ def test_the_seed_decides(function):
     words = np.stack([np.arange(50), np.arange(1, 51)], axis=1)
     masked = {
         "salient": lambda r: masking.mask_salient(50, words, r, 10),
-        "span": lambda r: masking.mask_random_span(words, r, 10),
-        "tokens": lambda r: masking.mask_random_tokens(50, r, 10),
+        "span": lambda r: masking.mask_random_span(words, r, 10)[0],
+        "tokens": lambda r: masking.mask_random_tokens(50, r, 10)[0],
     }[function]
     assert masked(rng(3)).tolist() == masked(rng(3)).tolist()
     assert len({tuple(masked(rng(seed)).tolist()) for seed in range(20)}) > 5

@@ -48,14 +48,28 @@ def test_continuations(tokenizer):
     assert found.tolist() == [len(p) > 2 and p.startswith("##") for p in pieces]
 
 
+def test_published_encoders_read_special_tokens(tmp_path):
+    path = tiny_passages.save_tokenizer(tmp_path)
+    read, letters = (
+        wordpiece.load_tokenizer(path, specials=specials) for specials in (True, False)
+    )
+    special = read.token_to_id("[SEP]")
+    assert wordpiece.ids_of(read, ["[SEP]"]) == [[special]]
+    assert special not in wordpiece.ids_of(letters, ["[SEP]"])[0]
+
+
 def test_what_is_no_wordpiece_is_refused():
     with pytest.raises(UserError, match="is BPE, not WordPiece"):
         wordpiece.continuations(tokenizers.Tokenizer(models.BPE()))
 
 
-def test_a_missing_or_damaged_tokenizer_is_one_line(tmp_path):
+def test_a_missing_tokenizer_is_one_line(tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json: is missing"):
         wordpiece.load_tokenizer(tmp_path / "tokenizer.json")
-    (tmp_path / "tokenizer.json").write_text("{}")
+
+
+@pytest.mark.parametrize("text", ["", "{", "{}", '{"version": "1.0"}'])
+def test_a_damaged_tokenizer_is_one_line(tmp_path, text):
+    (tmp_path / "tokenizer.json").write_text(text)
     with pytest.raises(UserError, match=r"tokenizer\.json: is damaged"):
         wordpiece.load_tokenizer(tmp_path / "tokenizer.json")

@@ -142,3 +142,64 @@ def test_another_model_is_an_error(run_dir, monkeypatch):
         match=r"checkpoints/3: is of another model: .*64, 16.* there, .*128, 16.* here",
     ):
         restore_params(run_dir, init, toy.mesh_of(1, 1, 1))
+
+
+# As a command: what other threads print is a matter of the whole process.
+ON_A_FULL_DISK = """
+import sys, toy_training as toy
+from realm_retro.cli import common
+def main(config, workdir):
+    toy.run(workdir, steps=20)
+common.run(main, name="train", required=("workdir",))
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A run folder whose checkpoints find room for a few files."""
+    folder = tmp_path / "small" / FOLDER
+    folder.mkdir(parents=True)
+    command = ["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(folder)]
+    mount = shutil.which("mount")
+    if (
+        not mount
+        or subprocess.run(command, capture_output=True, check=False).returncode
+    ):
+        pytest.skip("no disk can be mounted here")
+    yield folder.parent
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_is_told_once(small_disk):
+    process = subprocess.run(
+        [sys.executable, "-c", ON_A_FULL_DISK, f"--workdir={small_disk}"],
+        env={**os.environ, "PYTHONPATH": str(pathlib.Path(toy.__file__).parent)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 2
+    assert process.stderr == (
+        f"train: error: {small_disk / FOLDER}: the disk is full; free space and run the"
+        " same command again, it goes on from the last whole checkpoint\n"
+    )
+
+
+def test_other_errors_of_threads_are_still_told(capfd):
+    script = (
+        "import tempfile, threading\n"
+        "from absl import logging\n"
+        "from realm_retro.train.checkpoint import Checkpoints\n"
+        "Checkpoints(tempfile.mkdtemp(), keep=1)\n"
+        "def fail(error):\n"
+        "    raise error\n"
+        "for text in ('[Errno 28] No space left on device', 'another error'):\n"
+        "    thread = threading.Thread(target=fail, args=(OSError(text),))\n"
+        "    thread.start(); thread.join()\n"
+        "    logging.error('the log: %s', text)\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)
+    told = capfd.readouterr().err
+    assert "OSError: another error" in told
+    assert "the log: another error" in told
+    assert "No space left" not in told

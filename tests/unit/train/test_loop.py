@@ -1,6 +1,10 @@
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
 import threading
+import time
 
 import jax
 import numpy as np
@@ -228,3 +232,38 @@ def test_uneven_rows_are_said(tmp_path):
 def test_train_config(changes, said):
     with pytest.raises(ValueError, match=said):
         TrainConfig(**{"steps": 1, **changes})
+
+
+def test_a_hook_that_waits_ends_at_sigterm_and_is_called_again_first(tmp_path):
+    called, waits = [], [True]
+
+    def hook(at):
+        called.append(at.step)
+        if at.step == 3 and waits:
+            signal.raise_signal(signal.SIGTERM)
+            while not at.should_stop():
+                time.sleep(0.001)
+
+    recipe = toy.make_recipe(hooks=(hook,))
+    outcome = toy.run(tmp_path, recipe, steps=5)
+    assert (outcome.finished, outcome.step, saved(tmp_path)) == (False, 3, 3)
+    # It waits again where the run goes on, and may be stopped again.
+    outcome = toy.run(tmp_path, recipe, steps=5)
+    assert (outcome.finished, outcome.step) == (False, 3)
+    waits.clear()
+    assert toy.run(tmp_path, recipe, steps=5).finished
+    assert called == [1, 2, 3, 3, 3, 4, 5]
+
+
+def test_two_trainings_do_not_share_a_folder(tmp_path):
+    """The second one is refused while the first runs, and may go on after it."""
+    command = [sys.executable, toy.__file__, str(tmp_path), "0.2"]
+    with subprocess.Popen(command) as first:
+        while not (tmp_path / FILE).exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        with pytest.raises(UserError, match="another process is writing it"):
+            toy.run(tmp_path)
+        first.kill()
+    assert toy.run(tmp_path).finished
+    assert [record["step"] for record in records(tmp_path)] == list(range(1, 21))

@@ -125,6 +125,22 @@ def test_an_impossible_target_ends_with_everything_searched(untuned):
     assert tuned.parameters.reorder == index.parameters.reorder
 
 
+def test_a_built_index_reaches_its_target_on_queries_it_was_not_tuned_on(untuned):
+    _, trial = untuned
+    queries, own = trial.queries[:200], np.full(200, -7)
+    built, recall = tuning.build(trial.exact, queries, own, k=5, target=0.9)
+    assert recall >= 0.9
+    unseen = Trial.make(trial.exact, trial.queries[200:], np.full(100, -7), 5)
+    assert unseen.recall(built) > 0.85
+
+
+def test_a_single_query_is_enough_to_build(untuned):
+    _, trial = untuned
+    queries, own = trial.queries[:1], np.full(1, -7)
+    _, recall = tuning.build(trial.exact, queries, own, k=5, target=0.9)
+    assert recall >= 0.9
+
+
 def test_speed_is_of_whole_batches():
     exact = exact_of(normal(100))
     for batch in (1, 7, 500):

@@ -6,6 +6,7 @@ import toy_refresh as toy
 from realm_retro.errors import UserError
 from realm_retro.retrieval import refresh
 from realm_retro.retrieval.refresh import Swapper, Target, folder
+from realm_retro.retrieval.refresh import swapper as swapper_module
 
 
 @pytest.fixture
@@ -192,3 +193,52 @@ def test_waiting_says_that_no_worker_is_there_and_can_be_stopped(root):
     assert (
         "no worker is alive; start: python -m realm_retro.cli.refresh_index" in said[0]
     )
+
+
+def damage(version):
+    path = version.manifest.path(toy.TARGET.names()[0])
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+@pytest.mark.parametrize("damaged_at", [7, 5])
+def test_a_refused_version_is_not_waited_for(root, damaged_at):
+    # Of the step that waits, and of an earlier one that is new enough.
+    swapper, said = swapper_on(root)
+    swapper.adopt(make_version(root, 0))
+    damage(make_version(root, damaged_at))
+    asked = iter(range(200))
+    work = finishing(root)
+
+    def should_stop():
+        work()
+        return next(asked) == 199
+
+    version, published = wait(swapper, root, 7, 3, should_stop=should_stop)
+    assert published == [7]
+    assert version.step == 7
+    assert "the index in use stays (step 0)" in said[0]
+
+
+def test_an_index_that_is_asked_ahead_is_older_by_that(root):
+    swapper, said = swapper_on(root)
+    swapper.adopt(make_version(root, 100))
+    assert wait(swapper, root, 109, 10, ahead=1) == (None, [])
+    version, _ = wait(swapper, root, 110, 10, ahead=1, should_stop=finishing(root))
+    assert version.step == 110
+    assert "step 110: waits for an index of step 101 or later" in said[0]
+
+
+def test_one_that_follows_takes_what_it_is_told_and_leaves_no_mark(root):
+    make_version(root, 1)
+    make_version(root, 2)
+    swapper, _ = swapper_on(root, marks=False)
+    assert swapper.follow(1).step == 1
+    assert swapper.current.step == 1
+    swapper.hold([2])
+    assert folder.in_use(root) == set()
+
+
+def test_one_that_does_not_see_the_folder_says_so(root, monkeypatch):
+    monkeypatch.setattr(swapper_module, "_SEEN_SECONDS", 0.05)
+    with pytest.raises(UserError, match=r"step-00000003.*all of them share"):
+        swapper_on(root)[0].follow(3)
