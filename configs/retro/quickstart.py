@@ -74,7 +74,7 @@ def get_config(which: str = "retro") -> ml_collections.ConfigDict:
     )
     config.train = ml_collections.ConfigDict(
         {
-            "steps": 500,
+            "steps": 420,
             "batch_size": 8,
             "sequence_chunks": 4,
             "neighbours": 2,
