@@ -44,6 +44,8 @@ def gold_rows(questions: Sequence[Question], documents: Iterable[str]) -> HostAr
       `GOLD_ELSEWHERE` where it is not among them.
     """
     named = {question.document for question in questions} - {""}
+    if not named:
+        return np.full(len(questions), NO_GOLD, np.int64)
     rows = {
         identity: row for row, identity in enumerate(documents) if identity in named
     }

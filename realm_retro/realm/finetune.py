@@ -79,7 +79,7 @@ def make(
     return Recipe(
         description=_description(sizes, examples, train, mesh),
         init=lambda key: model.init(sizes, key, model.FINETUNING),
-        loss=loss_fn(sizes, settings, mesh),
+        loss=loss_fn(sizes, settings, mesh, gold=examples.names_gold),
         batch_at=_live(sizes, depth, examples, index, train, config.seed),
         batch_spec=batch_spec(settings),
         tokens_per_step=train.batch_size * tokens,
@@ -120,16 +120,20 @@ def trainable(params: PyTree, settings: QaConfig) -> PyTree:
 
 def batch_spec(settings: QaConfig) -> Mapping[str, axes.Names]:
     """Logical axes of each array of a batch."""
-    spec = {**qa.BATCH_SPEC, "unreachable": ("batch",)}
+    notes = ("unreachable", "gold_named", "gold_read")
+    spec = {**qa.BATCH_SPEC, **{name: ("batch",) for name in notes}}
     return {**spec, **qa.TITLE_SPEC} if settings.train_documents else spec
 
 
-def loss_fn(config: RealmConfig, settings: QaConfig, mesh: Mesh) -> LossFn:
+def loss_fn(
+    config: RealmConfig, settings: QaConfig, mesh: Mesh, *, gold: bool = False
+) -> LossFn:
     """(parameters, batch, key) → Σ (L_early + L_full), questions, metrics.
 
     Beside those of `qa.finetune_loss` there are ``beam``, the passages that were found,
     and ``unreachable``, the answers in what is read that no legal span can give: longer
-    than ``config.model.span_width``.
+    than ``config.model.span_width``. With `gold` there is ``gold_recall``: of the
+    questions that name their gold document, the share that has a passage of it to read.
     """
 
     def loss(params: PyTree, batch: Batch, key: Array):
@@ -146,6 +150,9 @@ def loss_fn(config: RealmConfig, settings: QaConfig, mesh: Mesh) -> LossFn:
             "beam": (found, weight),
             "unreachable": (jnp.sum(batch["unreachable"]), weight),
         }
+        if gold:
+            named, read = batch["gold_named"], batch["gold_read"]
+            more["gold_recall"] = jnp.sum(read), jnp.sum(named)
         return total, weight, {**metrics, **more}
 
     return loss

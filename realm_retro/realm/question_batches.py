@@ -16,7 +16,7 @@ from realm_retro.data.answer_store import AnswerStore
 from realm_retro.data.passages import PassageStore
 from realm_retro.data.questions import Question
 from realm_retro.errors import UserError
-from realm_retro.realm import qa, search
+from realm_retro.realm import evaluation, qa, search
 from realm_retro.realm.config import RealmConfig
 from realm_retro.realm.question_sets import QaConfig
 from realm_retro.retrieval.index.base import MISSING_ID
@@ -71,7 +71,14 @@ class Examples:
                 f"{store.manifest.directory}: no passage answers any of the"
                 f" {len(questions)} questions; train on questions of this corpus"
             )
+        documents = (store.document_id(row) for row in range(store.num_documents))
+        self.gold = evaluation.gold_rows(questions, documents)
         self._spans = functools.lru_cache(_REMEMBERED)(self._find_spans)
+
+    @property
+    def names_gold(self) -> bool:
+        """Whether any question names a gold document."""
+        return bool((self.gold != evaluation.NO_GOLD).any())
 
     @property
     def beam(self) -> int:
@@ -110,10 +117,24 @@ class Examples:
             **bodies(self.store, ids[:, :k], self.config.body_length),
             "correct": correct,
             "unreachable": unreachable,
+            **self._gold_found(questions, ids[:, :k]),
         }
         if self.settings.train_documents:
             batch |= _titles(self.store, ids[:, :k], self.config.title_length)
         return batch
+
+    def _gold_found(self, questions: HostArray, ids: HostArray) -> dict[str, HostArray]:
+        """Whether a question names its gold document, and whether that is read."""
+        gold = self.gold[questions]
+        there = ids != MISSING_ID
+        documents = self.store.document[np.maximum(ids, 0)]
+        found = np.where(there, documents, MISSING_ID)
+        return {
+            "gold_named": (gold != evaluation.NO_GOLD).astype(np.float32),
+            "gold_read": np.nan_to_num(
+                evaluation.gold_recall(found, gold, ids.shape[1])
+            ).astype(np.float32),
+        }
 
     def _correct(
         self, questions: HostArray, ids: HostArray, has: HostArray

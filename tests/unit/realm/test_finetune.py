@@ -112,6 +112,26 @@ def test_an_answer_that_no_span_can_give_is_counted(tmp_path):
     assert batch["unreachable"].tolist() == [1]
 
 
+def test_recall_of_gold_documents_where_they_are_known(tmp_path):
+    store = tiny_qa.write_passages(tmp_path)
+    documents = [store.document_id(int(d)) for d in store.document[:4]]
+    rows = [
+        {"question": "born", "answers": ["Zork"], "document": documents[0]},
+        {"question": "born where", "answers": ["Zork"], "document": documents[1]},
+        {"question": "who", "answers": ["Zork"]},
+        {"question": "who else", "answers": ["Zork"], "document": "of another corpus"},
+    ]
+    made = examples((store, *answered(tmp_path, store, rows)))
+    assert made.names_gold
+    batch = made.batch(
+        np.array([0, 1, 2, 3]),
+        np.array([[2, 3, 0, 1], [0, 2, 3, 1], [0, 1, 2, 3], [-1, -1, -1, -1]]),
+    )
+    # Three are read: the fourth of the second question does not count.
+    assert batch["gold_named"].tolist() == [1, 1, 0, 1]
+    assert batch["gold_read"].tolist() == [1, 0, 0, 0]
+
+
 def test_titles_come_with_the_document_tower(world):
     store = world[0]
     ids = np.array([[4, -1, 2]])
@@ -234,3 +254,7 @@ def test_the_loss_and_its_metrics(world):
     assert found[1] == 8
     assert tuple(map(float, found[2]["beam"])) == (8 * 6, 8)
     assert tuple(map(float, found[2]["unreachable"])) == (0, 8)
+    assert "gold_recall" not in found[2], "no question names its document"
+    told = {**batch, "gold_named": np.ones(8), "gold_read": np.eye(1, 8)[0]}
+    loss = jax.jit(finetune.loss_fn(CONFIG, QaConfig(), make_mesh(), gold=True))
+    assert tuple(map(float, loss(params, told, None)[2]["gold_recall"])) == (1, 8)
