@@ -23,7 +23,7 @@ from realm_retro.cli import towers
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(2400)]
 
 KILLS = 20
-PATIENCE = 120.0
+PATIENCE = 600.0
 
 
 @pytest.fixture(scope="module")
