@@ -40,7 +40,7 @@ def config_of(folder, name, steps):
         name=name,
         # Many small shards: an index takes a while. What a killed trainer had leased
         # is free soon.
-        refresh={"every": 3, "shard_rows": 2, "lease_seconds": 1.0},
+        refresh={"every": 3, "shard_rows": 4, "lease_seconds": 1.0},
         train={"steps": steps, "checkpoint_every": 4},
     )
 
@@ -123,9 +123,7 @@ def test_twenty_kills_at_random_moments(folder):
     root = folder / "work" / "refresh" / config.name
     draw, reached, writes, swaps = random.Random(1), [], 0, 0
     for number in range(KILLS):
-        # Every fourth wherever it is by then: mostly in the start-up.
-        wait = draw.uniform(0, 10) if number % 4 == 3 else draw.uniform(0, 1)
-        kill_after(wait, folder, config, started=number % 4 != 3)
+        kill_somewhere(draw, folder, config, in_start_up=number % 4 == 3)
         writes += any((run_dir / "checkpoints").glob("*orbax-checkpoint-tmp*"))
         swaps += any(root.glob("building/*")) or any(root.glob("*/.step-*"))
         reached.append(newest(run_dir))
@@ -138,13 +136,16 @@ def test_twenty_kills_at_random_moments(folder):
     assert swaps > 0
 
 
-def kill_after(seconds, folder, config, *, started):
-    """Kills a life so many seconds after it began or, `started`, took a step."""
+def kill_somewhere(draw, folder, config, *, in_start_up):
+    """Kills a life after some steps and a moment more, or mostly before the first."""
     run_dir = toy.run_dir(config, folder / "work")
     saved, process = newest(run_dir), start(folder, config, 0.02)
-    if started:
-        until(lambda: logged_step(run_dir) > saved, process)
-    time.sleep(seconds)
+    if in_start_up:
+        time.sleep(draw.uniform(0, 8))
+    else:
+        wanted = saved + draw.randint(1, 9)
+        until(lambda: logged_step(run_dir) >= wanted, process)
+        time.sleep(draw.uniform(0, 0.3))
     said = [line for line in kill(process).splitlines() if "going on from" in line]
     assert all(line.endswith(f"from step {saved}") for line in said)
 

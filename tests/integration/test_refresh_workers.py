@@ -276,12 +276,12 @@ def test_a_publisher_sleeps_beyond_its_lease(root, start):
     other = start("other", lease=LEASE)
     version = until(lambda: version_of(root, step), other)
     manifest = version.manifest.directory / artifacts.MANIFEST
-    before = manifest.read_bytes(), manifest.stat().st_ino
+    before = manifest.read_bytes(), os.stat(manifest).st_ino
     sleeper.send_signal(signal.SIGCONT)
     published = sum(versions_by(output) for output in ended(root, sleeper, other))
     assert published == step // 100
     assert_whole(refresh.open_version(root, step))
-    assert (manifest.read_bytes(), manifest.stat().st_ino) == before
+    assert (manifest.read_bytes(), os.stat(manifest).st_ino) == before
     assert not list((root / "versions").glob(".*"))
 
 
@@ -311,6 +311,8 @@ def test_random_pauses_and_second_starts_lose_and_double_nothing(root, start):
     """Twenty pauses, most of them beyond the lease, of workers started two by two."""
     draw, witness, lease = random.Random(2), Witness(root), 0.4
     workers = [start("twin", pause=0.05, lease=lease) for _ in range(4)]
+    for worker in workers:
+        assert "worker" in worker.stdout.readline()  # all are up
     asleep, pauses, step = {}, 0, 0
 
     def wake(now):
