@@ -146,12 +146,19 @@ def write_config(path, config):
     return path
 
 
-def train(config, workdir, *hooks, mesh=None, report=lambda line: None):
-    """What ``cli.train`` does, on one device, with further hooks."""
+def train(
+    config,
+    workdir,
+    *hooks,
+    mesh=None,
+    report=lambda line: None,
+    change=lambda recipe: recipe,
+):
+    """What ``cli.train`` does, on one device, with further hooks or changes."""
     mesh = mesh or make_mesh(devices=jax.devices()[:1])
     recipe = realm_recipes.pretrain(config, workdir, mesh)
     return loop.train(
-        dataclasses.replace(recipe, hooks=(*recipe.hooks, *hooks)),
+        change(dataclasses.replace(recipe, hooks=(*recipe.hooks, *hooks))),
         run_dir(config, workdir),
         config=config_lib.build(TrainConfig, config.train, name="config.train"),
         optimizer=config_lib.build(
@@ -196,6 +203,7 @@ def main(config_path, workdir, pause="0"):
         mesh=make_mesh(config_lib.build(MeshConfig, mesh, name="config.mesh")),
         report=functools.partial(print, flush=True),
     )
+    print(f"ended after {outcome.step}", flush=True)
     return 0 if outcome.finished else 143
 
 

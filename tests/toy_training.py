@@ -3,6 +3,7 @@
 Run as a program, it trains in a folder, so that a test can kill it:
 
   python tests/toy_training.py RUN_DIR [seconds each batch takes [mesh sizes]]
+      [steps=N] [bad=STEP]
 """
 
 import contextlib
@@ -15,8 +16,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import toy_faults
 from jax.experimental.compilation_cache import compilation_cache
 
+from realm_retro.errors import UserError
 from realm_retro.nn.losses import cross_entropy
 from realm_retro.parallel import axes, hosts
 from realm_retro.parallel.mesh import MeshConfig, make_mesh
@@ -114,6 +117,7 @@ def run(
     mesh=None,
     steps=20,
     settings=None,
+    optimizer=OPTIMIZER,
     report=lambda line: None,
     **changes,
 ):
@@ -122,7 +126,7 @@ def run(
         recipe or make_recipe(),
         run_dir,
         config=make_config(steps, **changes),
-        optimizer=OPTIMIZER,
+        optimizer=optimizer,
         mesh=mesh or mesh_of(1, 1, 1),
         seed=3,
         settings=settings,
@@ -156,21 +160,32 @@ def mesh_of(data, fsdp, tensor):
     return make_mesh(MeshConfig(data, fsdp, tensor), devices)
 
 
-def main(run_dir, pause="0", *sizes):
+def main(*words):
+    plain = [word for word in words if "=" not in word]
+    options = dict(word.split("=") for word in words if "=" in word)
+    run_dir, pause, *sizes = [*plain, "0"] if len(plain) == 1 else plain
     hosts.initialise()
 
     def slowly(step):
         time.sleep(float(pause))
         return batch_at(step)
 
+    bad = {int(options["bad"]): np.nan} if "bad" in options else {}
+    recipe = make_recipe(batch_at=slowly)
     outcome = run(
         run_dir,
-        make_recipe(batch_at=slowly),
+        toy_faults.poisoned(recipe, bad) if bad else recipe,
         mesh=mesh_of(*(int(size) for size in sizes)) if sizes else None,
+        steps=int(options.get("steps", 20)),
         report=functools.partial(print, flush=True),
     )
+    print(f"ended after {outcome.step}", flush=True)
     return 0 if outcome.finished else 143
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    try:
+        sys.exit(main(*sys.argv[1:]))
+    except UserError as error:
+        print(error, flush=True)
+        sys.exit(2)

@@ -96,6 +96,8 @@ def get_config(which: str = "pretrain") -> ml_collections.ConfigDict:
                 "batch_size": 4,
                 "log_every": 5,
                 "checkpoint_every": 40,
+                "on_bad_step": "stop",
+                "max_loss_ratio": 100.0,
                 "keep": 1,
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},

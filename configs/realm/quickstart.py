@@ -76,6 +76,8 @@ def get_config(which: str = "pretrain") -> ml_collections.ConfigDict:
                 "batch_size": 4,
                 "log_every": 5,
                 "checkpoint_every": 15,
+                "on_bad_step": "stop",
+                "max_loss_ratio": 100.0,
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         }

@@ -80,6 +80,8 @@ def get_config(which: str = "retro") -> ml_collections.ConfigDict:
             "neighbours": 2,
             "log_every": 10,
             "checkpoint_every": 100,
+            "on_bad_step": "stop",
+            "max_loss_ratio": 100.0,
         }
     )
     config.mesh = ml_collections.ConfigDict({"data": -1, "fsdp": 1, "tensor": 1})

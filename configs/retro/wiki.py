@@ -66,6 +66,8 @@ def get_config(which: str = "retro") -> ml_collections.ConfigDict:
                 "sequence_chunks": 4,
                 "neighbours": 2,
                 "checkpoint_every": 200,
+                "on_bad_step": "stop",
+                "max_loss_ratio": 100.0,
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
             "evaluate": {

@@ -75,12 +75,21 @@ def make(
     sizes = model_for(_build(config, "model", RealmConfig), settings)
     check_fits(sizes, store, vectors.shape)
     examples = Examples(sizes, settings, store, questions, answer_store, vectors)
+    order = loader.batches(examples, seed=config.seed, batch_size=train.batch_size)
+
+    def asked(step: int) -> dict[str, HostArray]:
+        chosen = [questions[row] for row in order[step]["question"]]
+        return {
+            "id": np.asarray([one.id for one in chosen]),
+            "question": np.asarray([one.question for one in chosen]),
+        }
+
     tokens = sizes.query_tokens + settings.read * sizes.joint_tokens
     return Recipe(
         description=_description(sizes, examples, train, mesh),
         init=lambda key: model.init(sizes, key, model.FINETUNING),
         loss=loss_fn(sizes, settings, mesh, gold=examples.names_gold),
-        batch_at=_live(sizes, depth, examples, index, train, config.seed),
+        batch_at=_live(sizes, depth, examples, index, order),
         batch_spec=batch_spec(settings),
         tokens_per_step=train.batch_size * tokens,
         flops_per_step=flops(sizes, settings, train.batch_size),
@@ -89,6 +98,7 @@ def make(
         ),
         trainable=functools.partial(trainable, settings=settings),
         weights=weights and (lambda: with_document(sizes, weights())),
+        examples=asked,
     )
 
 
@@ -176,11 +186,8 @@ def _live(
     depth: int,
     examples: Examples,
     index: Index,
-    train: TrainConfig,
-    seed: int,
+    order: loader.Batches,
 ) -> Live:
-    order = loader.batches(examples, seed=seed, batch_size=train.batch_size)
-
     def ask(step: int, params: PyTree) -> Array:
         rows = order[step]["question"]
         query, lengths = examples.query[rows], examples.query_len[rows]

@@ -111,4 +111,5 @@ def make(
         flops_per_step=6.0 * train.batch_size * tokens * config.num_layers * layer,
         fingerprint=store.fingerprint,
         weights=weights,
+        examples=lambda step: {"passage": order[step]["row"]},
     )

@@ -164,6 +164,7 @@ def make(
         hooks=(refresh,),
         weights=weights,
         shared=device_search.tables(index, store, mesh) if on_device else None,
+        examples=lambda step: {"passage": examples.batches[step]["row"]},
     )
 
 

@@ -62,6 +62,8 @@ def base() -> Config:
                 "batch_size": 512,
                 "log_every": 100,
                 "checkpoint_every": 500,
+                "on_bad_step": "stop",
+                "max_loss_ratio": 100.0,
             },
             "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
         }

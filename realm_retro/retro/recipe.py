@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 
@@ -23,7 +24,7 @@ from realm_retro.retro.config import RetroConfig
 from realm_retro.retro.model import Retro
 from realm_retro.train.config import TrainConfig
 from realm_retro.train.recipe import Recipe
-from realm_retro.typing import Array, Batch, Config, PyTree
+from realm_retro.typing import Array, Batch, Config, HostArray, PyTree
 
 BATCH_SPEC = {
     "tokens": ("batch", "length"),
@@ -61,6 +62,17 @@ def make(config: Config, workdir: epath.PathLike, mesh: Mesh) -> Recipe:
         train.neighbours,
     )
     rows = loader.batches(source, seed=config.seed, batch_size=train.batch_size)
+    # The same order, of the windows' numbers alone.
+    order = loader.batches(
+        loader.Rows(np.arange(len(source))),
+        seed=config.seed,
+        batch_size=train.batch_size,
+    )
+
+    def examples(step: int) -> dict[str, HostArray]:
+        windows = order[step]["row"]
+        return {"window": windows, "chunks": source.windows.chunks[windows]}
+
     window = train.sequence_chunks * model.chunk_length
     tokens = train.batch_size * window
     parents = [store.fingerprint] + ([table.fingerprint] if table else [])
@@ -81,6 +93,7 @@ def make(config: Config, workdir: epath.PathLike, mesh: Mesh) -> Recipe:
             model, tokens=tokens, window=window, k=train.neighbours
         ),
         fingerprint=artifacts.fingerprint_of(parents),
+        examples=examples,
     )
 
 

@@ -70,6 +70,8 @@ def paper(name: str) -> Config:
                 "neighbours": 2,
                 "log_every": 100,
                 "checkpoint_every": 1000,
+                "on_bad_step": "stop",
+                "max_loss_ratio": 100.0,
             },
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
             "evaluate": {"batch_size": 64, "stride_chunks": 16, "neighbours": (10,)},

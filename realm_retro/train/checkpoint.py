@@ -23,11 +23,14 @@ from etils import epath
 from jax.sharding import Mesh
 
 from realm_retro.errors import UserError
+from realm_retro.train import guard
 from realm_retro.train import state as states
 from realm_retro.train.state import TrainState
 from realm_retro.typing import Array, JsonDict, PyTree
 
 FOLDER = "checkpoints"
+# The state's few scalars lie in the item `meta`.
+_HEALTH = "health"
 
 
 class Checkpoints:
@@ -83,7 +86,9 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
                     opt_state=ocp.args.StandardSave(state.opt_state),
-                    meta=ocp.args.JsonSave(meta),
+                    meta=ocp.args.JsonSave(
+                        {**meta, _HEALTH: guard.as_meta(state.health)}
+                    ),
                 ),
                 force=True,
             )
@@ -114,7 +119,9 @@ class Checkpoints:
                 ),
             )
         count = jax.device_put(np.int32(step), abstract.step.sharding)
-        return TrainState(count, found["params"], found["opt_state"]), found["meta"]
+        meta = dict(found["meta"])
+        health = guard.from_meta(meta.pop(_HEALTH, None), abstract.health)
+        return TrainState(count, found["params"], found["opt_state"], health), meta
 
     def restore_params(self, step: int, abstract: PyTree) -> PyTree:
         """Reads the weights alone; see `restore`."""

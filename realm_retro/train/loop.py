@@ -19,6 +19,7 @@ from realm_retro.errors import UserError
 from realm_retro.parallel import hosts
 from realm_retro.train import optim
 from realm_retro.train import state as states
+from realm_retro.train.bad_steps import BadSteps
 from realm_retro.train.checkpoint import Checkpoints
 from realm_retro.train.config import TrainConfig
 from realm_retro.train.feed import Feed, open_feed
@@ -81,8 +82,8 @@ def train(
       report: takes lines for the user, in the main process.
 
     Raises:
-      UserError: `run_dir` is a run with other settings; the loss is not finite (the
-        last good checkpoint stays); the disk is full.
+      UserError: `run_dir` is a run with other settings; a step went wrong (see
+        `TrainConfig.on_bad_step`; the last good checkpoint stays); the disk is full.
     """
     report = report if hosts.is_main() else _ignore
     decisive = {
@@ -117,15 +118,22 @@ def train(
             saved.save(step, state, {"seconds": seconds, "carried": carried})
 
         step_fn = make_train_step(
-            recipe, rule, abstract, mesh, seed=seed, accumulation=config.accumulation
+            recipe,
+            rule,
+            abstract,
+            mesh,
+            seed=seed,
+            accumulation=config.accumulation,
+            max_loss_ratio=config.max_loss_ratio,
         )
         with (
             _records(stage.directory, done, config.steps, report) as record,
             open_feed(recipe, mesh, done, config.steps, carried) as feed,
         ):
-            meter = Meter(
-                recipe, mesh, every=config.log_every, steps=config.steps, report=record
+            bad_steps = BadSteps(
+                stage.directory, config, recipe.examples, resumed_at=done, report=report
             )
+            meter = Meter(recipe, mesh, config, judge=bad_steps.judge, report=record)
             done = _loop(
                 recipe, config, stage.directory, step_fn, state, done, save, meter, feed
             )
@@ -172,9 +180,9 @@ def _loop(
             for hook in recipe.hooks:
                 hook(LoopState(step, state, run_dir, asked_to_stop))
             # 3. Save between steps: before the next one takes the state's memory, and
-            #    after all metrics were looked at, so that no checkpoint holds what a
-            #    loss that is not finite left behind. The copy has to wait for the
-            #    device; writing it does not hold up the next steps.
+            #    after all metrics were looked at, so that no checkpoint follows a bad
+            #    step that ends the training. The copy has to wait for the device;
+            #    writing it does not hold up the next steps.
             stopping = asked_to_stop()
             if stopping or step == config.steps or step % config.checkpoint_every == 0:
                 while dispatched:

@@ -6,6 +6,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 import jax
 import numpy as np
@@ -13,12 +14,14 @@ from etils import epath
 from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 
-from realm_retro.errors import UserError
+from realm_retro.train.config import TrainConfig
 from realm_retro.train.recipe import Recipe
 from realm_retro.train.step import Metrics
-from realm_retro.typing import JsonDict
+from realm_retro.typing import HostArray, JsonDict
 
 FILE = "metrics.jsonl"
+# Metrics of one step on the host: name → float64 [sum, weight].
+Values: TypeAlias = dict[str, HostArray]
 
 # Dense bfloat16 peak of one device, FLOP/s, by the start of JAX's device_kind. From the
 # makers' data sheets: cloud.google.com/tpu/docs (v4, v5e, v5p, v6e) and NVIDIA's A100,
@@ -48,16 +51,17 @@ class Meter:
     """Adds the metrics of steps up and reports them every so often.
 
     Sums and weights are added over the steps of a record before they are divided,
-    so a record is the mean over tokens.
+    so a record is the mean over tokens. A step that was left out has no part in it;
+    where no step of a record counts, it waits for the next one.
     """
 
     def __init__(
         self,
         recipe: Recipe,
         mesh: Mesh,
+        config: TrainConfig,
         *,
-        every: int,
-        steps: int,
+        judge: Callable[[int, Values], Values],
         report: Callable[[JsonDict], None],
     ):
         """Prepares the first record.
@@ -65,17 +69,19 @@ class Meter:
         Args:
           recipe: for its tokens and operations of a step.
           mesh: the devices that the work is spread over.
-          every: steps of a record.
-          steps: of the whole run; its last step ends a record too.
+          config: how many steps there are and how often a record ends; the last step
+            ends one too.
+          judge: step and its metrics → those that count, none of a step that is left
+            out; raises what ends the training.
           report: takes each record.
         """
         self._recipe = recipe
         peak = peak_flops(mesh.devices.flat[0].device_kind)
         self._peak = peak and peak * mesh.devices.size
-        self._every = every
-        self._steps = steps
+        self._config = config
+        self._judge = judge
         self._report = report
-        self._sums: dict[str, np.ndarray] = {}
+        self._sums: Values = {}
         self._count = 0
         self._since = 0.0
 
@@ -89,21 +95,19 @@ class Meter:
         Args:
           step: number of the step, from 1.
           metrics: name → (sum, weight) on the devices.
-
-        Raises:
-          UserError: the loss or the gradient is not finite.
         """
         values = {
             k: np.array(v, np.float64) for k, v in jax.device_get(metrics).items()
         }
-        _check_finite(step, values)
-        for name, pair in values.items():
+        skipped = int(values.pop("skipped")[0])
+        for name, pair in self._judge(step, values).items():
             self._sums[name] = self._sums.get(name, 0.0) + pair
         self._count += 1
-        if step % self._every == 0 or step == self._steps:
-            self._report(self._record(step))
+        ends = step % self._config.log_every == 0 or step == self._config.steps
+        if ends and self._sums:
+            self._report(self._record(step, skipped))
 
-    def _record(self, step: int) -> JsonDict:
+    def _record(self, step: int, skipped: int) -> JsonDict:
         now = time.perf_counter()
         seconds = (now - self._since) / self._count
         means = {k: float(s / w) if w else 0.0 for k, (s, w) in self._sums.items()}
@@ -113,6 +117,7 @@ class Meter:
             "tokens": step * self._recipe.tokens_per_step,
             "tokens_per_second": self._recipe.tokens_per_step / seconds,
             "seconds_per_step": seconds,
+            "skipped": skipped,  # since the start of the run
         }
         if self._peak and self._recipe.flops_per_step:
             record["mfu"] = self._recipe.flops_per_step / seconds / self._peak
@@ -131,7 +136,7 @@ class MetricsLog:
           resumed_at: the step of the checkpoint; records after it will come again.
         """
         path = run_dir / FILE
-        _cut_after(path, resumed_at)
+        cut_after(path, resumed_at)
         self._file = path.open("a")
         self._board = SummaryWriter(
             str(run_dir / "tensorboard"), purge_step=resumed_at + 1
@@ -157,7 +162,9 @@ class MetricsLog:
 def format_line(record: Mapping[str, float], steps: int) -> str:
     """One line for a person: where the run is, how good, how fast, how long still."""
     shown = {"step", "loss", "grad_norm", "learning_rate", "tokens"}
-    shown |= {"tokens_per_second", "seconds_per_step", "mfu"}
+    shown |= {"tokens_per_second", "seconds_per_step", "mfu", "weight_norm"}
+    if not record.get("skipped"):
+        shown.add("skipped")
     seconds = record["seconds_per_step"]
     mfu = f"{record['mfu']:.1%}" if "mfu" in record else "–"
     parts = [
@@ -182,19 +189,11 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 60}m{whole % 60:02d}s" if whole >= 60 else f"{whole}s"
 
 
-def _check_finite(step: int, values: Mapping[str, np.ndarray]) -> None:
-    for name in ("loss", "grad_norm"):
-        if not math.isfinite(values[name][0]):
-            raise UserError(
-                f"step {step}: {name} is {values[name][0]}, so training stopped; the"
-                " last good checkpoint is kept; lower"
-                " config.optimizer.peak_learning_rate or lengthen"
-                " config.optimizer.warmup_steps, and use another --config.name"
-            )
+def cut_after(path: epath.Path, step: int) -> None:
+    """Forgets the records of steps after `step` in a file of JSON lines.
 
-
-def _cut_after(path: epath.Path, step: int) -> None:
-    # A kill can leave half a line at the end; like any later record, it goes.
+    A kill can leave half a line at the end; like any later record, it goes.
+    """
     if not path.exists():
         return
     lines = path.read_text().splitlines(keepends=True)

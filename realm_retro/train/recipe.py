@@ -89,6 +89,10 @@ class Recipe:
         run goes on, with the step of its checkpoint and before the next one.
       weights: → parameters to start from in place of `init`'s, unboxed host or device
         arrays; not traced, so that a checkpoint is not written into the program.
+      shared: (step from 0, parameters) → arrays on the devices that every batch has
+        besides its own, such as the index.
+      examples: step (from 0) → what tells the rows of its batch from each other, arrays
+        ``[rows, …]``: windows, passages, questions. For the record of a bad step.
     """
 
     description: str
@@ -103,3 +107,4 @@ class Recipe:
     hooks: tuple[Callable[[LoopState], None], ...] = ()
     weights: Callable[[], PyTree] | None = None
     shared: Callable[[int, PyTree], Mapping[str, Array]] | None = None
+    examples: Callable[[int], Mapping[str, HostArray]] | None = None

@@ -12,6 +12,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from realm_retro.parallel import axes
+from realm_retro.train import guard
 from realm_retro.train.optim import Optimizer
 from realm_retro.typing import Array, PyTree
 
@@ -23,7 +24,7 @@ LOSS = 1
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["step", "params", "opt_state"],
+    data_fields=["step", "params", "opt_state", "health"],
     meta_fields=[],
 )
 @dataclasses.dataclass(frozen=True)
@@ -33,14 +34,16 @@ class TrainState:
     The same record also carries shapes or shardings in place of the arrays.
 
     Attributes:
-      step: int32 scalar, updates done so far; also the position in the data.
+      step: int32 scalar, steps done so far; also the position in the data.
       params: float32 weights.
       opt_state: the optimiser's, for trainable weights only.
+      health: what tells a step that goes wrong.
     """
 
     step: PyTree
     params: PyTree
     opt_state: PyTree
+    health: PyTree = dataclasses.field(default_factory=guard.fresh)
 
 
 def key_for(seed: int, purpose: int, step: int | Array = 0) -> Array:
@@ -82,6 +85,10 @@ def abstract_state(params: PyTree, optimizer: Optimizer) -> TrainState:
         step=jax.ShapeDtypeStruct((), jnp.int32, sharding=whole),
         params=params,
         opt_state=_with_shardings(shapes, shardings),
+        health=jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole),
+            guard.fresh(),
+        ),
     )
 
 

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from realm_retro.parallel import axes
 from realm_retro.parallel.mesh import active
+from realm_retro.train import guard
 from realm_retro.train import state as states
 from realm_retro.train.optim import Optimizer, merge
 from realm_retro.train.recipe import LossFn, Mean, Recipe
@@ -29,12 +30,17 @@ def make_train_step(
     *,
     seed: int,
     accumulation: int = 1,
+    max_loss_ratio: float = 0.0,
 ) -> jax.stages.Wrapped:
     """Builds the jitted step ``(state, batch) → (state, metrics)``.
 
-    The old state's memory is donated to the new one. Metrics are (sum, weight) pairs
-    over the global batch, replicated: ``loss`` and what the recipe adds, and
-    ``grad_norm`` (before clipping) and ``learning_rate`` with weight 1.
+    The old state's memory is donated to the new one, and a step that goes wrong (see
+    `guard`) leaves weights and moments as they were. Metrics are (sum, weight) pairs
+    over the global batch, replicated: ``loss`` and what the recipe adds; with weight 1
+    ``grad_norm`` (before clipping), ``weight_norm`` (after the update; of trainable
+    weights), ``learning_rate``, ``skipped`` (steps left out so far), and what
+    `bad_steps` reads: ``bad_in_a_row``, above 0 where the step was bad, and
+    ``loss_limit``.
 
     Args:
       recipe: whose loss and batch axes are used.
@@ -43,6 +49,7 @@ def make_train_step(
       mesh: the devices.
       seed: of dropout and the like.
       accumulation: pieces that a batch is cut in; see `gradients`.
+      max_loss_ratio: see `guard.judge`.
     """
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -59,13 +66,28 @@ def make_train_step(
 
             pieces = _cut(own, recipe.batch_spec, accumulation)
             grads, metrics = gradients(loss, weights, pieces, key)
-        updates, opt_state = optimizer.transform.update(grads, state.opt_state, weights)
-        weights = optax.apply_updates(weights, updates)
-        one = jnp.float32(1)
-        metrics["grad_norm"] = (jnp.asarray(optax.tree.norm(grads)), one)
-        metrics["learning_rate"] = (jnp.asarray(optimizer.schedule(state.step)), one)
+        norm = jnp.asarray(optax.tree.norm(grads))
+        health, limit = guard.judge(
+            state.health, metrics["loss"], norm, max_loss_ratio=max_loss_ratio
+        )
+        updates, moments = optimizer.transform.update(grads, state.opt_state, weights)
+        weights, opt_state = guard.choose(
+            health,
+            (optax.apply_updates(weights, updates), moments),
+            (weights, state.opt_state),
+        )
+        notes = {
+            "grad_norm": norm,
+            "weight_norm": optax.tree.norm(weights),
+            # The optimiser counts its own updates, without those that were left out.
+            "learning_rate": optimizer.schedule(state.step - state.health.skipped),
+            "skipped": health.skipped,
+            "bad_in_a_row": health.in_a_row,
+            "loss_limit": limit,
+        }
+        metrics |= {k: (jnp.float32(v), jnp.float32(1)) for k, v in notes.items()}
         params = merge(weights, state.params)
-        return TrainState(state.step + 1, params, opt_state), metrics
+        return TrainState(state.step + 1, params, opt_state, health), metrics
 
     shardings = states.shardings_of(abstract)
     whole = NamedSharding(mesh, PartitionSpec())

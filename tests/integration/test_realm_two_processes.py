@@ -19,6 +19,7 @@ from realm_retro.retrieval import refresh
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
 PATIENCE = 300.0
+GRACE = 30.0  # seconds from SIGTERM; clusters give as many, or more
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +93,31 @@ def test_two_processes_train_as_one(folder, placement):
         assert one["index_step"] == two["index_step"]
         for name in ("loss", "own_hits", "retrieved"):
             np.testing.assert_allclose(two[name], one[name], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("placement", ["host", "device"])
+def test_sigterm_to_both_saves_the_same_step_and_changes_nothing(folder, placement):
+    expected = config_of(folder, f"straight-{placement}", placement=placement)
+    finish(start(folder, expected, processes=2))
+    config = config_of(folder, f"told-{placement}", placement=placement)
+    run_dir = toy.run_dir(config, folder / "work")
+    processes = start(folder, config, processes=2, pause=0.3)
+    while not (run_dir / "checkpoints" / "4").exists():
+        assert processes[0].poll() is None, processes[0].communicate()[0]
+        time.sleep(0.01)
+    began = time.monotonic()
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    outputs = finish(processes, 143)
+    assert time.monotonic() - began < GRACE
+    ends = {output.splitlines()[-1] for output in outputs}
+    saved = max(int(path.name) for path in (run_dir / "checkpoints").iterdir())
+    assert ends == {f"ended after {saved}"}
+    assert 4 < saved < 8
+    outputs = finish(start(folder, config, processes=2))
+    assert f"going on from step {saved}" in outputs[0]
+    found = toy.records(config, folder / "work")
+    assert found == toy.records(expected, folder / "work")
 
 
 @pytest.fixture

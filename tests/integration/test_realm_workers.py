@@ -170,6 +170,28 @@ def test_kills_of_workers_and_of_the_trainer(config, workdir, start):
     assert_of_its_snapshot(config, workdir, versions(root)[-1])
 
 
+def test_a_worker_that_is_started_twice_and_sleeps_beyond_its_lease(
+    config, workdir, start
+):
+    config.train.steps = 2 * STEPS
+    root = refresh_index.folder(config, workdir)
+    everyone = trainer, sleeper, twin = [start(n) for n in ("trainer", "one", "one")]
+    until(lambda: has_lease(root, sleeper), *everyone)
+    sleeper.send_signal(signal.SIGSTOP)
+    before, at = versions(root)[-1], step_of(config, workdir)
+    until(lambda: versions(root)[-1] > before, trainer, twin)
+    assert step_of(config, workdir) > at, "the training does not wait for it"
+    sleeper.send_signal(signal.SIGCONT)
+    for process in everyone:
+        until(lambda process=process: process.poll() is not None)
+    said = [process.said() for process in everyone]
+    assert [process.returncode for process in everyone] == [0] * 3, said
+    records = toy.records(config, workdir)
+    assert [record["step"] for record in records] == list(range(1, 2 * STEPS + 1))
+    assert_only_whole_indexes(records, before)
+    assert_of_its_snapshot(config, workdir, versions(root)[-1])
+
+
 def test_sigterm_while_it_waits_for_an_index(config, workdir, start):
     limit = 8
     config.refresh.max_staleness = limit

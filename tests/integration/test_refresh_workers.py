@@ -258,3 +258,93 @@ def test_random_kills_never_show_half_a_version(root, start):
     # Nothing is left of the killed ones' work but what no one may delete.
     assert not list((root / "building").iterdir())
     assert not [n for n in os.listdir(root / "versions") if n.startswith(".")]
+
+
+def test_a_publisher_sleeps_beyond_its_lease(root, start):
+    """Stopped with all shards linked into a version that does not have its name yet."""
+    sleeper = start("sleeper", lease=LEASE)
+    for step in range(100, 10_000, 100):  # until it is stopped in time
+        publish(root, step)
+        until(lambda: any((root / "versions").glob(".step-*")), sleeper)
+        sleeper.send_signal(signal.SIGSTOP)
+        if any((root / "versions").glob(".step-*/*.npy")):
+            break
+        sleeper.send_signal(signal.SIGCONT)
+        until(lambda step=step: version_of(root, step), sleeper)
+    assert version_of(root, step) is None
+
+    other = start("other", lease=LEASE)
+    version = until(lambda: version_of(root, step), other)
+    manifest = version.manifest.directory / artifacts.MANIFEST
+    before = manifest.read_bytes(), os.stat(manifest).st_ino
+    sleeper.send_signal(signal.SIGCONT)
+    published = sum(versions_by(output) for output in ended(root, sleeper, other))
+    assert published == step // 100
+    assert_whole(refresh.open_version(root, step))
+    assert (manifest.read_bytes(), os.stat(manifest).st_ino) == before
+    assert not list((root / "versions").glob(".*"))
+
+
+def versions_by(output):
+    """How many versions a worker says that it published."""
+    last = [line for line in output.splitlines() if "versions published" in line][-1]
+    return int(last.split(" versions published")[0].split()[-1])
+
+
+class Witness:
+    """Sees every shard that is placed, and that none is placed twice."""
+
+    def __init__(self, root):
+        self.root, self.seen = root, {}
+
+    def look(self):
+        for path in self.root.glob("building/*/vectors-*.npy"):
+            try:
+                status = path.stat()
+            except FileNotFoundError:  # the version is published
+                continue
+            placed = status.st_ino, status.st_mtime_ns
+            assert self.seen.setdefault(path, placed) == placed, f"{path}: twice"
+
+
+def test_random_pauses_and_second_starts_lose_and_double_nothing(root, start):
+    """Twenty pauses, most of them beyond the lease, of workers started two by two."""
+    draw, witness, lease = random.Random(2), Witness(root), 0.4
+    workers = [start("twin", pause=0.05, lease=lease) for _ in range(4)]
+    for worker in workers:
+        assert "worker" in worker.stdout.readline()  # all are up
+    asleep, pauses, step = {}, 0, 0
+
+    def wake(now):
+        for worker in [worker for worker, end in asleep.items() if end <= now]:
+            worker.send_signal(signal.SIGCONT)
+            del asleep[worker]
+
+    deadline = time.monotonic() + 4 * PATIENCE
+    while pauses < 20:
+        step += 100
+        publish(root, step)
+        nap = 0.0
+        while not version_of(root, step):
+            now = time.monotonic()
+            assert now < deadline
+            witness.look()
+            wake(now)
+            awake = [worker for worker in workers if worker not in asleep]
+            if now >= nap and len(awake) > 1:
+                victim = draw.choice(awake)
+                victim.send_signal(signal.SIGSTOP)
+                asleep[victim] = now + draw.uniform(0.5, 4) * lease
+                pauses, nap = pauses + 1, now + draw.uniform(0, 0.3)
+            time.sleep(0.002)
+        witness.look()
+        assert_whole(refresh.open_version(root, step))
+    wake(float("inf"))
+    outputs = ended(root, *workers)
+    # Each shard of each version was placed once, by whoever it was.
+    made = sum(shards_by(output) for output in outputs)
+    assert made == step // 100 * toy.TARGET.num_shards
+    assert sum(versions_by(output) for output in outputs) == step // 100
+    assert not list((root / "building").iterdir())
+    lost = sum("went to another" in output for output in outputs)
+    print(f"{pauses} pauses, {step // 100} versions, {lost} workers lost a shard")

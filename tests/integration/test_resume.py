@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import signal
 import subprocess
 import sys
@@ -11,9 +12,10 @@ import time
 import chex
 import jax
 import pytest
+import toy_pretraining
 import toy_training as toy
 
-from realm_retro.train import optim, state
+from realm_retro.train import loop
 from realm_retro.train.checkpoint import FOLDER, Checkpoints
 from realm_retro.train.metrics import FILE
 
@@ -32,16 +34,13 @@ def straight(tmp_path_factory):
     return run_dir
 
 
-def final_state(run_dir, step=20):
-    """Weights and moments as host arrays."""
-    params = state.abstract_params(toy.make_recipe().init, toy.mesh_of(1, 1, 1))
-    everything = jax.tree.map(lambda _: True, params)
-    rule = optim.make_optimizer(
-        toy.OPTIMIZER, steps=20, trainable=everything, decayed=everything
-    )
+def final_state(run_dir, steps=20):
+    """Weights, moments and health as host arrays."""
+    recipe, mesh = toy.make_recipe(), toy.mesh_of(1, 1, 1)
+    _, abstract = loop.plan(recipe, toy.make_config(steps), toy.OPTIMIZER, mesh)
     with Checkpoints(run_dir) as checkpoints:
-        assert checkpoints.latest() == step
-        found, _ = checkpoints.restore(step, state.abstract_state(params, rule))
+        assert checkpoints.latest() == steps
+        found, _ = checkpoints.restore(steps, abstract)
     return jax.device_get(found)
 
 
@@ -52,8 +51,10 @@ def logged(run_dir):
     return [[json.loads(line)[name] for name in names] for line in lines]
 
 
-def assert_same_run(run_dir, straight):
-    chex.assert_trees_all_equal(final_state(run_dir), final_state(straight))
+def assert_same_run(run_dir, straight, steps=20):
+    chex.assert_trees_all_equal(
+        final_state(run_dir, steps), final_state(straight, steps)
+    )
     assert logged(run_dir) == logged(straight)
 
 
@@ -104,13 +105,14 @@ def test_sigterm_saves_and_ends(tmp_path, straight):
     assert_same_run(tmp_path, straight)
 
 
-def start(run_dir, pause=0.0):
+def start(run_dir, pause=0.0, *words):
     program = pathlib.Path(toy.__file__)
+    quick = toy_pretraining.quick(run_dir.parent) if words else {}
     return subprocess.Popen(
-        [sys.executable, str(program), str(run_dir), str(pause)],
+        [sys.executable, str(program), str(run_dir), str(pause), *words],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "JAX_NUM_CPU_DEVICES": "1"},
+        env={**os.environ, **quick, "JAX_NUM_CPU_DEVICES": "1"},
     )
 
 
@@ -169,3 +171,63 @@ def test_a_process_that_is_asked_to_end(tmp_path, straight_process):
     assert 5 < newest < 20
     assert finish(start(tmp_path))[0] == 0
     assert_same_run(tmp_path, straight_process)
+
+
+KILLS, LONG = 20, 300  # no life is long enough for all steps
+
+
+def newest(run_dir):
+    """The newest whole checkpoint, 0 where there is none."""
+    names = [path.name for path in (run_dir / FOLDER).glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def logged_step(run_dir):
+    """The last step with a whole record."""
+    path = run_dir / FILE
+    text = path.read_text() if path.exists() else ""
+    lines = text[: text.rfind("\n") + 1].splitlines()
+    return json.loads(lines[-1])["step"] if lines else 0
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_twenty_kills_at_random_moments(tmp_path):
+    """In the start-up, between steps, inside of writes: wherever they fall."""
+    straight, killed, words = (
+        tmp_path / "straight",
+        tmp_path / "killed",
+        f"steps={LONG}",
+    )
+    began = time.monotonic()
+    assert finish(start(straight, 0.0, words))[0] == 0
+    draw, half_written, reached = random.Random(0), 0, []
+    for number in range(KILLS):
+        kill_somewhere(draw, killed, words, in_start_up=number % 4 == 3)
+        half_written += any((killed / FOLDER).glob("*orbax-checkpoint-tmp*"))
+        reached.append(newest(killed))
+    assert reached == sorted(reached), "a whole checkpoint is never lost"
+    assert 0 < reached[-1] < LONG
+    assert finish(start(killed, 0.0, words))[0] == 0
+    assert_same_run(killed, straight, LONG)
+    seconds = time.monotonic() - began
+    print(f"{KILLS} kills, {half_written} in a write; {reached}; {seconds:.0f} s")
+    assert half_written > 0
+
+
+def kill_somewhere(draw, run_dir, words, *, in_start_up):
+    """Kills a life after some steps and a moment more, or mostly before the first."""
+    saved, process = newest(run_dir), start(run_dir, 0.05, words)
+    if in_start_up:
+        time.sleep(draw.uniform(0, 5))
+    else:
+        until = saved + draw.randint(1, 12)
+        while logged_step(run_dir) < until:
+            assert process.poll() is None
+            time.sleep(0.002)
+        time.sleep(draw.uniform(0, 0.3))
+    process.send_signal(signal.SIGKILL)
+    status, output = finish(process)
+    assert status == -signal.SIGKILL
+    said = [line for line in output.splitlines() if "going on from" in line]
+    assert all(line.endswith(f"from step {saved}") for line in said)

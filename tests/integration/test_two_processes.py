@@ -14,13 +14,16 @@ import pytest
 import toy_training as toy
 
 from realm_retro.parallel import hosts
+from realm_retro.train.bad_steps import FILE as BAD_STEPS
 from realm_retro.train.checkpoint import FOLDER
 from realm_retro.train.metrics import FILE
 
 pytestmark = pytest.mark.multiprocess
 
+GRACE = 30.0  # seconds from SIGTERM; clusters give as many, or more
 
-def start(run_dir, *, processes, pause=0.0):
+
+def start(run_dir, *words, processes, pause=0.0):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = free.getsockname()[1]
@@ -31,6 +34,7 @@ def start(run_dir, *, processes, pause=0.0):
         hosts.NUM_PROCESSES: str(processes),
     }
     command = [sys.executable, toy.__file__, str(run_dir), str(pause), "2", "2", "1"]
+    command += words
     return [
         subprocess.Popen(
             command,
@@ -69,15 +73,33 @@ def test_two_processes_train_as_one(tmp_path, single):
     np.testing.assert_allclose(losses(tmp_path), single, atol=1e-5, rtol=0)
 
 
-def test_sigterm_to_one_stops_both_at_the_same_step(tmp_path, single):
+@pytest.mark.parametrize("told", [(1,), (0,), (0, 1)])
+def test_sigterm_stops_all_at_the_same_step(tmp_path, single, told):
     processes = start(tmp_path, processes=2, pause=0.3)
     while not (tmp_path / FOLDER / "5").exists():
         assert processes[0].poll() is None
         time.sleep(0.01)
-    processes[1].send_signal(signal.SIGTERM)
-    assert finish(processes)[0] == [143, 143]
+    began = time.monotonic()
+    for index in told:
+        processes[index].send_signal(signal.SIGTERM)
+    status, outputs = finish(processes)
+    assert status == [143, 143]
+    assert time.monotonic() - began < GRACE
     newest = max(int(path.name) for path in (tmp_path / FOLDER).iterdir())
     assert 5 < newest < 20
+    for output in outputs:
+        assert output.splitlines()[-1] == f"ended after {newest}"
     # The number of processes may change between starts.
     assert finish(start(tmp_path, processes=1))[0] == [0]
     np.testing.assert_allclose(losses(tmp_path), single, atol=1e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_a_bad_step_stops_all_and_is_noted_once(tmp_path):
+    status, outputs = finish(start(tmp_path, "bad=8", processes=2))
+    assert status == [2, 2]
+    for output in outputs:
+        assert "step 8: loss is nan" in output
+    notes = (tmp_path / BAD_STEPS).read_text().splitlines()
+    assert [json.loads(note)["step"] for note in notes] == [8]
+    assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"5"}

@@ -88,6 +88,19 @@ def test_a_batch_holds_what_was_found(world):
     assert "title" not in batch
 
 
+def test_a_batch_can_be_named(world):
+    store, questions, _ = world
+    made = recipe(world)
+    named = made.examples(3)
+    assert set(named["id"]) <= {question.id for question in questions}
+    # In the order of the batch, which the search has no part in.
+    beam = [[0, 1, 2, 3, 4, 5]] * len(named["id"])
+    query = made.batch_at.batch(3, {"ids": beam})["query"]
+    for row, text in zip(query, named["question"], strict=True):
+        pieces = store.tokenizer.encode(str(text), add_special_tokens=False).ids
+        assert row[: len(pieces)].tolist() == pieces
+
+
 def test_correct_spans_read_as_the_answers(world):
     store = world[0]
     ids = np.array([[3, 2, 7], [1, 0, -1], [0, 1, 2]])

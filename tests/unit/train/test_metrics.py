@@ -5,7 +5,6 @@ import pytest
 import toy_training as toy
 from etils import epath
 
-from realm_retro.errors import UserError
 from realm_retro.train import metrics
 from realm_retro.train.metrics import Meter, MetricsLog
 
@@ -18,28 +17,30 @@ RECORD = {
     "tokens": 120 * 96,
     "tokens_per_second": 9812.3,
     "seconds_per_step": 0.4168,
+    "skipped": 0,
 }
 
 
-def make_meter(every=2, steps=5):
+def make_meter(every=2, steps=5, bad=()):
     records = []
     meter = Meter(
         toy.make_recipe(),
         toy.mesh_of(1, 1, 1),
-        every=every,
-        steps=steps,
+        toy.make_config(steps, log_every=every),
+        judge=lambda step, values: {} if step in bad else values,
         report=records.append,
     )
     meter.start()
     return meter, records
 
 
-def step_metrics(total=2.0, weight=1.0, grad=1.0):
+def step_metrics(total=2.0, weight=1.0, grad=1.0, skipped=0):
     one = np.float32(1)
     return {
         "loss": (np.float32(total), np.float32(weight)),
         "grad_norm": (np.float32(grad), one),
         "learning_rate": (np.float32(0.5), one),
+        "skipped": (np.float32(skipped), one),
     }
 
 
@@ -67,17 +68,18 @@ def test_no_targets_at_all_is_no_division_by_zero():
     assert records[0]["loss"] == 0
 
 
-@pytest.mark.parametrize(
-    ("bad", "said"),
-    [
-        ({"total": np.nan}, "loss is nan"),
-        ({"grad": np.inf}, "grad_norm is inf"),
-    ],
-)
-def test_what_is_not_finite_stops_the_run(bad, said):
-    meter, _ = make_meter(every=10)
-    with pytest.raises(UserError, match=f"step 3: {said}.*peak_learning_rate"):
-        meter.add(3, step_metrics(**bad))
+def test_steps_that_were_left_out_are_counted_and_have_no_part_in_the_mean():
+    meter, records = make_meter(every=2, bad=(2,))
+    meter.add(1, step_metrics(total=3))
+    meter.add(2, step_metrics(total=np.nan, skipped=1))
+    assert (records[0]["loss"], records[0]["skipped"]) == (3, 1)
+
+
+def test_a_record_waits_for_a_step_that_counts():
+    meter, records = make_meter(every=2, steps=6, bad=(1, 2, 5, 6))
+    for step, skipped in enumerate((1, 2, 2, 2, 3, 4), 1):
+        meter.add(step, step_metrics(total=step, skipped=skipped))
+    assert [(r["step"], r["loss"], r["skipped"]) for r in records] == [(4, 3.5, 2)]
 
 
 def test_line():
@@ -85,6 +87,7 @@ def test_line():
         "step 120/300  loss 3.412  accuracy 0.5123  lr 1.9e-03  grad 0.50"
         "  9,812 tok/s  417 ms/step  MFU –  left 1m15s"
     )
+    assert "skipped 2  lr" in metrics.format_line({**RECORD, "skipped": 2}, 300)
     assert "MFU 41.3%" in metrics.format_line({**RECORD, "mfu": 0.4129}, 300)
 
 
