@@ -42,7 +42,7 @@ def test_one_process_holds_all():
 
 def test_only_exact_indexes_are_cut():
     whole = ExactIndex.build(np.ones((3, 2)), np.arange(3), metric="squared_l2")
-    with pytest.raises(UserError, match="index.backend=exact"):
+    with pytest.raises(UserError, match=r"index\.backend=exact"):
         distributed.take_part(distributed.take_part(whole))
 
 
