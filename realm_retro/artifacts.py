@@ -3,7 +3,8 @@
 A stage owns one directory. It opens it with `Stage.open`, writes each file whole
 (temporary name, fsync, rename), and commits by writing ``manifest.json`` last. A
 directory without a manifest is unfinished work: the same stage resumes it at the
-first missing file, nobody else reads it.
+first missing file, nobody else reads it. One process at a time does, except where a
+stage can be shared: then the first to write a file wins (`realm_retro.shards`).
 
 The manifest holds the kind, the format version, the settings that made it, the
 fingerprints of its parents, and for every file its size and SHA-256. `load` refuses
@@ -21,12 +22,15 @@ import functools
 import hashlib
 import json
 import os
+import pathlib
+import secrets
 import urllib.parse
 from collections.abc import Iterator, Mapping
 from typing import Any, Protocol
 
 from etils import epath
 
+from realm_retro import atomic
 from realm_retro.errors import UserError
 from realm_retro.typing import JsonDict
 
@@ -75,9 +79,13 @@ class Manifest:
 class Stage:
     """A directory being written. See `Stage.open`, `write`, `commit`."""
 
-    def __init__(self, directory: epath.Path, request: JsonDict):
+    def __init__(
+        self, directory: epath.Path, request: JsonDict, join: bool | None = None
+    ):
         self.directory = directory
         self._request = request
+        self._shared = None if join is None else atomic.local(directory)
+        self._joined = bool(join)
         self._claim = contextlib.ExitStack()  # let go with the stage, or at its end
 
     @classmethod
@@ -91,10 +99,12 @@ class Stage:
         parents: Mapping[str, str],
         made_by: str,
         claim: bool = True,
+        join: bool | None = None,
     ) -> Stage:
         """Opens a stage's directory for writing, or for resuming.
 
-        Until it is finished, no other process can open it meanwhile; see `claimed`.
+        Until it is finished, no other process can open it meanwhile, unless both may
+        and one asks to join; see `claimed`.
 
         Args:
           directory: the stage's own directory; created if it is not there.
@@ -106,12 +116,20 @@ class Stage:
             in errors of readers that miss it.
           claim: False for the further processes of one program, which share the
             directory with the one that claims it.
+          join: whether processes may write it together, each file by any of them
+            (see `realm_retro.shards`): True for one that comes to those at work, if
+            there are any; False for one that wants to be the first; None: never.
 
         Raises:
-          UserError: the directory holds the same stage with other settings, or another
-            process is writing it.
+          UserError: the directory holds the same stage with other settings, another
+            process is writing it, or several would in a bucket.
         """
         directory = epath.Path(directory)
+        if join and atomic.local(directory) is None:
+            raise UserError(
+                f"{directory}: --join needs a file system with atomic renames, a bucket"
+                " has none; run one process without it"
+            )
         request = _jsonable(
             {
                 "kind": kind,
@@ -122,16 +140,15 @@ class Stage:
             }
         )
         directory.mkdir(parents=True, exist_ok=True)
-        stage = cls(directory, request)
+        stage = cls(directory, request, join)
         with contextlib.ExitStack() as claims:
             # What is finished may lie on a read-only disk.
             if claim and not stage.finished:
-                claims.enter_context(claimed(directory))
+                stage._enter(claims, join)
             request_file = directory / REQUEST
-            if request_file.exists():
-                _refuse_other_request(directory, _read_json(request_file), request)
-            else:
-                _write_json(request_file, request)
+            if not request_file.exists():
+                stage._write_first(REQUEST, request)
+            _refuse_other_request(directory, _read_json(request_file), request)
             if not stage.finished:
                 (directory / PROGRESS).mkdir(exist_ok=True)
                 stage._claim = claims.pop_all()
@@ -148,34 +165,43 @@ class Stage:
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[epath.Path]:
-        """Yields a temporary path; on a clean exit it becomes the file `name`."""
+        """Yields a temporary path; on a clean exit it becomes the file `name`.
+
+        In a shared stage the file of another, who was first, stays.
+        """
         _check_name(name, self.directory)
         final = self.directory / name
         final.parent.mkdir(parents=True, exist_ok=True)
         temporary = final.parent / f"{final.name}.tmp"
+        if self._shared:
+            # Nobody else's; what a killed process leaves goes with the progress.
+            private = f"{_quoted(name)}.{secrets.token_hex(6)}.tmp"
+            temporary = self.directory / PROGRESS / private
         try:
             yield temporary
             _fsync(temporary)
-            record = {"bytes": temporary.stat().length, "sha256": sha256(temporary)}
-            temporary.replace(final)
-            _write_json(self._record(name), record)
-        except BaseException:
+            if not (self._shared and _place_first(temporary, final)):
+                temporary.replace(final)
+            self._note_file(name)
+        finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-            raise
 
     def adopt(self, name: str) -> None:
         """Records a file that a library wrote under its final name by itself."""
         _check_name(name, self.directory)
+        _fsync(self.directory / name)
+        self._note_file(name)
+
+    def _note_file(self, name: str) -> None:
         path = self.directory / name
-        _fsync(path)
-        _write_json(
-            self._record(name), {"bytes": path.stat().length, "sha256": sha256(path)}
-        )
+        record = {"bytes": path.stat().length, "sha256": sha256(path)}
+        self._write_progress(self._record(name), record)
 
     def note(self, name: str, value: JsonDict) -> None:
         """Keeps a small JSON value beside the progress, for the next resume."""
-        _write_json(self.directory / PROGRESS / f"{name}.note.json", _jsonable(value))
+        path = self.directory / PROGRESS / f"{name}.note.json"
+        self._write_progress(path, _jsonable(value))
 
     def noted(self, name: str) -> JsonDict | None:
         """What `note` kept, or None."""
@@ -184,7 +210,7 @@ class Stage:
 
     def restart(self) -> None:
         """Deletes the files written so far: for work that cannot resume half-way."""
-        for name in self._recorded():
+        for name in self.recorded():
             (self.directory / name).unlink(missing_ok=True)
             self._record(name).unlink()
 
@@ -192,32 +218,70 @@ class Stage:
     def released_on_error(self) -> Iterator[None]:
         """On a `UserError` before the first file, forgets the settings asked for.
 
-        The user can then mend a setting and run again in the same directory.
+        The user can then mend a setting and run again in the same directory. A process
+        that joined others leaves them theirs.
         """
         try:
             yield
         except UserError:
-            if not self.finished and not any((self.directory / PROGRESS).iterdir()):
+            if self._joined or self.finished:
+                raise
+            if not any((self.directory / PROGRESS).iterdir()):
                 (self.directory / REQUEST).unlink()
             raise
 
     def commit(self, meta: Mapping[str, Any]) -> Manifest:
-        """Writes the manifest over all recorded files: the artefact now exists."""
-        files = {name: _read_json(self._record(name)) for name in self._recorded()}
+        """Writes the manifest over all recorded files: the artefact now exists.
+
+        In a shared stage the manifest of another, who was first, stays.
+        """
+        files = {name: _read_json(self._record(name)) for name in self.recorded()}
         body = {**self._request, "meta": _jsonable(dict(meta)), "files": files}
         body["fingerprint"] = _fingerprint(body)
-        _write_json(self.directory / MANIFEST, body)
-        (self.directory / PROGRESS).rmtree(missing_ok=True)
-        self._claim.close()
+        self._write_first(MANIFEST, body)
+        if self._shared:
+            # In one move: others may be about to write into it.
+            atomic.discard(self._shared / PROGRESS)
+            body = _read_json(self.directory / MANIFEST)
+        else:
+            (self.directory / PROGRESS).rmtree(missing_ok=True)
+        self.close()
         return _manifest(self.directory, body)
 
-    def _recorded(self) -> list[str]:
+    def close(self) -> None:
+        """Lets another process write the directory; so do `commit` and the end."""
+        self._claim.close()
+
+    def recorded(self) -> list[str]:
+        """Names of the files written whole, by one listing; empty once finished."""
         paths = sorted((self.directory / PROGRESS).glob("*.file.json"))
         return [urllib.parse.unquote(p.name.removesuffix(".file.json")) for p in paths]
 
+    def _enter(self, claims: contextlib.ExitStack, join: bool | None) -> None:
+        """Claims the directory; one that joins others need not be the one that does."""
+        try:
+            claims.enter_context(claimed(self.directory))
+        except UserError as error:
+            if join is None:
+                raise
+            if not join:
+                raise UserError(f"{error}, or share its work with --join") from None
+
+    def _write_first(self, name: str, value: JsonDict) -> None:
+        """Writes a JSON file; in a shared stage only where there is none."""
+        if self._shared:
+            atomic.place_json(value, self._shared / name)
+        else:
+            _write_json(self.directory / name, value)
+
+    def _write_progress(self, path: epath.Path, value: JsonDict) -> None:
+        if self._shared:
+            atomic.replace_json(value, pathlib.Path(path))
+        else:
+            _write_json(path, value)
+
     def _record(self, name: str) -> epath.Path:
-        quoted = urllib.parse.quote(name, safe="")
-        return self.directory / PROGRESS / f"{quoted}.file.json"
+        return self.directory / PROGRESS / f"{_quoted(name)}.file.json"
 
 
 @contextlib.contextmanager
@@ -434,6 +498,22 @@ def _jsonable(value: Any) -> Any:
     # One round trip turns tuples to lists and refuses what JSON cannot hold, so that
     # what is compared on a resume is what was written.
     return json.loads(json.dumps(value, allow_nan=False))
+
+
+def _quoted(name: str) -> str:
+    """A file's name, which may hold slashes, as one name in a folder."""
+    return urllib.parse.quote(name, safe="")
+
+
+def _place_first(temporary: epath.Path, final: epath.Path) -> bool:
+    """Gives a whole file its name, unless another is whole there; False: torn.
+
+    Processes that make the same file write the same number of bytes. Theirs may differ
+    in rounding if their devices do, so what is there, and perhaps recorded, stays.
+    """
+    if atomic.place(pathlib.Path(temporary), pathlib.Path(final)):
+        return True
+    return final.stat().length == temporary.stat().length
 
 
 def _read_json(path: epath.Path) -> Any:

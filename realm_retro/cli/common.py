@@ -150,7 +150,7 @@ def _complete_help(main: Main) -> None:
     # console script is a file that has neither.
     sys.modules["__main__"].__doc__ = sys.modules[main.__module__].__doc__
     for module in (main.__module__, __name__):
-        for flag in flags.FLAGS.flags_by_module_dict().get(module, ()):
+        for flag in flags.FLAGS.get_key_flags_for_module(module):
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
 
 

@@ -8,25 +8,33 @@ Example:
       --workdir=/tmp/retro --config.embed.dtype=float16
 
 An interrupted run resumes at the first missing shard of config.embed.shard_size rows.
+With --join any number of processes, on any host that sees the workdir, share the work:
+start the same command once for each, at any time.
 """
 
 from __future__ import annotations
 
+import collections
 import os
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import ml_collections
 import numpy as np
+from absl import flags
 from etils import epath
 
-from realm_retro import artifacts, progress
 from realm_retro import config as config_lib
-from realm_retro.cli import common, encoders
+from realm_retro import shards
+from realm_retro.cli import common, encoders, sharing
 from realm_retro.data.chunk_store import ChunkStore
 from realm_retro.errors import UserError
 from realm_retro.retrieval import embed, embeddings
 from realm_retro.retrieval.embed import Counts, EmbedConfig, Embedder
-from realm_retro.typing import HostArray
+from realm_retro.shards import Claim, Work
+from realm_retro.typing import HostArray, JsonDict
+
+flags.adopt_module_key_flags(sharing)
 
 
 def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
@@ -41,6 +49,7 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         compute_dtype=encoder.compute_dtype,
         chunks_fingerprint=store.fingerprint,
         encoder_fingerprint=encoders.fingerprint(encoder),
+        join=sharing.JOIN.value,
     )
     if stage.finished:
         count = embeddings.load_manifest(stage.directory, verify=False).meta["texts"]
@@ -54,36 +63,40 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         embedder = encoders.build_embedder(
             encoder, batch_tokens=embed_config.batch_tokens
         )
-        write_shards(store, embedder, embed_config, stage)
-    _commit(len(store), embedder, embed_config, stage)
+        parts = embeddings.shards(len(store), embed_config.shard_size)
+        with sharing.work(stage, parts, label="embeddings") as work:
+            write_shards(store, embedder, embed_config, work)
+            _commit(embedder, work)
 
 
 def write_shards(
-    store: ChunkStore, embedder: Embedder, config: EmbedConfig, stage: artifacts.Stage
+    store: ChunkStore, embedder: Embedder, config: EmbedConfig, work: Work
 ) -> None:
-    """Embeds the chunks of each shard that is not there yet."""
-    size = config.shard_size
-    names = embeddings.shard_names(len(store), size)
-    missing = [i for i, name in enumerate(names) if not stage.has(name)]
-    starts = [i * size for i in missing]
-    todo = sum(min(size, len(store) - start) for start in starts)
+    """Embeds the chunks of each shard that is not there yet, beside other processes.
 
-    def reader(start: int):
-        return lambda: store.texts(np.arange(start, min(start + size, len(store))))
+    A shard is a window of its own, so its vectors do not depend on who makes it.
+    """
+    taken: collections.deque[Claim] = collections.deque()
 
-    windows = (reader(start) for start in starts)
-    started = time.monotonic()
-    with progress.bar(
-        total=len(store), unit="chunks", label="embed", initial=len(store) - todo
-    ) as bar:
-        results = embed.embed_windows(windows, embedder, on_progress=bar.update)
-        for i, (vectors, counts) in zip(missing, results, strict=True):
+    def windows(claims: Iterable[Claim]) -> Iterator[Callable[[], Sequence[str]]]:
+        for claim in claims:
+            taken.append(claim)
+            rows = np.arange(claim.shard.start, claim.shard.stop)
+            yield lambda rows=rows: store.texts(rows)
+
+    for claims in work.rounds():
+        started = time.monotonic()
+        for vectors, counts in embed.embed_windows(
+            windows(claims), embedder, on_progress=work.advance
+        ):
             now = time.monotonic()
             seconds, started = now - started, now
-            # Before the shard: what was counted is there wherever the shard is.
-            stage.note(names[i], {"counts": counts.as_meta(), "seconds": seconds})
-            with stage.write(names[i]) as path, path.open("wb") as file:
-                np.save(file, _narrowed(vectors, config.dtype))
+            claim = taken.popleft()
+            work.publish(
+                claim,
+                {claim.shard.files[0]: _narrowed(vectors, config.dtype)},
+                {"counts": counts.as_meta(), "seconds": seconds},
+            )
 
 
 def _narrowed(vectors: HostArray, dtype: str) -> HostArray:
@@ -96,25 +109,28 @@ def _narrowed(vectors: HostArray, dtype: str) -> HostArray:
     return vectors.astype(dtype)
 
 
-def _commit(
-    num_chunks: int, embedder: Embedder, config: EmbedConfig, stage: artifacts.Stage
-) -> None:
-    names = embeddings.shard_names(num_chunks, config.shard_size)
-    notes = [note for name in names if (note := stage.noted(name)) is not None]
-    counts = sum((Counts(**note["counts"]) for note in notes), Counts())
-    seconds = sum(note["seconds"] for note in notes)
-    stage.commit(
-        {
-            **counts.as_meta(),
+def _commit(embedder: Embedder, work: Work) -> None:
+    def meta(notes: Sequence[JsonDict]) -> JsonDict:
+        return {
+            **sum((Counts(**note["counts"]) for note in notes), Counts()).as_meta(),
             "dim": embedder.dim,
             "max_tokens": embedder.max_tokens,
-            "seconds": round(seconds, 2),
+            "seconds": round(sum(note["seconds"] for note in notes), 2),
+            "processes": shards.num_makers(notes),
         }
-    )
+
+    manifest = work.commit(meta)
+    if manifest is None:
+        sharing.say_own_part(work, label="embeddings")
+        return
+    found = dict(manifest.meta)
+    seconds, processes = max(found["seconds"], 1e-9), found["processes"]
+    counts = Counts(**{key: found[key] for key in Counts().as_meta()})
+    by = f" by {processes:,} processes" if processes > 1 else ""
     common.say(
         f"embeddings: {counts.texts:,} vectors of {embedder.dim} numbers in"
-        f" {seconds:.1f} s ({counts.texts / seconds:,.0f} chunks/s,"
-        f" {counts.tokens / seconds:,.0f} tokens/s)"
+        f" {seconds:.1f} s{by} ({counts.texts / seconds:,.0f} chunks/s,"
+        f" {counts.tokens / seconds:,.0f} tokens/s{' each' if by else ''})"
     )
     if counts.truncated:
         common.say(

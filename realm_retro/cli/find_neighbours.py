@@ -8,32 +8,48 @@ Example:
       --workdir=/tmp/retro --config.neighbours.k=4
 
 An interrupted run resumes at the first missing shard of config.neighbours.shard_size
-rows.
+rows. With --join any number of processes, on any host that sees the workdir, share the
+work: start the same command once for each, at any time.
+
+An exact index that is too large for one host is spread over the processes of one
+program: start them with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
+set, as for training, or with --distributed. Each searches its own rows for all chunks,
+and process 0 writes what they find together.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+from absl import flags
 from etils import epath
 
-from realm_retro import artifacts, progress
+from realm_retro import artifacts, shards
 from realm_retro import config as config_lib
 from realm_retro.arrays import ShardedArray
-from realm_retro.cli import common
+from realm_retro.cli import common, program, sharing
 from realm_retro.data.chunk_store import ChunkStore
+from realm_retro.parallel import hosts
 from realm_retro.retrieval import neighbours
 from realm_retro.retrieval.embeddings import Embeddings
-from realm_retro.retrieval.index import store
-from realm_retro.retrieval.index.base import MISSING_ID, SearchResult
-from realm_retro.retrieval.neighbours import Filter, NeighboursConfig, shard_name
-from realm_retro.typing import Config, HostArray
+from realm_retro.retrieval.index import distributed, store
+from realm_retro.retrieval.index.base import MISSING_ID, Index, SearchResult
+from realm_retro.retrieval.neighbours import Filter, NeighboursConfig
+from realm_retro.shards import Shard, Work
+from realm_retro.typing import Config, JsonDict
+
+flags.adopt_module_key_flags(program)
+flags.adopt_module_key_flags(sharing)
+
+# What process 0 tells the others of its program instead of a shard's number.
+_WAIT, _DONE = -1, -2
 
 
 def main(config: Config, workdir: epath.Path) -> None:
     """Runs the stage; see the module docstring."""
+    hosts.initialise(detect=program.DISTRIBUTED.value)
     section = config_lib.section(config, "neighbours")
     settings = config_lib.build(NeighboursConfig, section, name="config.neighbours")
     chunks = ChunkStore.open(workdir / "chunks")
@@ -43,6 +59,14 @@ def main(config: Config, workdir: epath.Path) -> None:
     index = store.load_manifest(
         workdir / "index", parents={"embeddings": embeddings.fingerprint}
     )
+    parts = neighbours.shards(len(chunks), settings.shard_size)
+    if hosts.together():
+        distributed.check_same(f"{workdir / 'index'}", index.fingerprint)
+    if hosts.together() and not hosts.is_main():
+        if _tell() != _DONE:
+            finder = Filter.make(_open_index(index), chunks.document[:])
+            _follow(finder, embeddings.vectors, parts, settings)
+        return
     stage = neighbours.open_stage(
         workdir / "neighbours",
         config=settings,
@@ -51,59 +75,77 @@ def main(config: Config, workdir: epath.Path) -> None:
             "embeddings": embeddings.fingerprint,
             "index": index.fingerprint,
         },
+        join=sharing.JOIN.value,
     )
+    _tell(_DONE if stage.finished else _WAIT)
     if stage.finished:
         common.say(
             f"neighbours: finished already, {len(chunks):,} chunks in {stage.directory}"
         )
         return
-    finder = Filter.make(store.load(index), chunks.document[:])
-    write_shards(finder, embeddings.vectors, settings, stage)
-    _commit(len(chunks), settings, stage)
+    finder = Filter.make(_open_index(index), chunks.document[:])
+    with sharing.work(stage, parts, label="neighbours") as work:
+        write_shards(finder, embeddings.vectors, settings, work)
+        _commit(settings, work)
+
+
+def _open_index(manifest: artifacts.Manifest) -> Index:
+    """The index, or this process's part of it where it is one of a program."""
+    index = store.load(manifest)
+    return distributed.take_part(index) if hosts.together() else index
 
 
 def write_shards(
-    finder: Filter,
-    vectors: ShardedArray,
-    settings: NeighboursConfig,
-    stage: artifacts.Stage,
+    finder: Filter, vectors: ShardedArray, settings: NeighboursConfig, work: Work
 ) -> None:
     """Searches for the rows of each shard that is not there yet."""
-    size = settings.shard_size
-    starts = range(0, len(vectors), size)
-    names = [
-        tuple(shard_name(part, i, len(starts)) for part in ("ids", "scores"))
-        for i in range(len(starts))
-    ]
-    done = [all(stage.has(name) for name in pair) for pair in names]
-    rows = [np.arange(start, min(start + size, len(vectors))) for start in starts]
-    with progress.bar(
-        total=len(vectors),
-        unit="chunks",
-        label="neighbours",
-        initial=sum(len(part) for part, ready in zip(rows, done, strict=True) if ready),
-    ) as bar:
-        for part, pair, ready in zip(rows, names, done, strict=True):
-            if ready:
-                continue
+    for claims in work.rounds():
+        _tell(_WAIT)  # Each round: nobody waits long for a message.
+        for claim in claims:
+            _tell(claim.number)
             started = time.monotonic()
-            result = _find(finder, vectors, part, settings, bar.update)
+            result = _find(finder, vectors, claim.shard, settings, work.advance)
             seconds = time.monotonic() - started
-            # Before the shard: what was counted is there wherever the shard is.
-            stage.note(pair[0], {**_counts(result), "seconds": seconds})
-            for name, array in zip(pair, (result.ids, result.scores), strict=True):
-                with stage.write(name) as path, path.open("wb") as file:
-                    np.save(file, array)
+            arrays = (result.ids, result.scores)
+            work.publish(
+                claim,
+                dict(zip(claim.shard.files, arrays, strict=True)),
+                {**_counts(result), "seconds": seconds},
+            )
+    _tell(_DONE)
+
+
+def _follow(
+    finder: Filter,
+    vectors: ShardedArray,
+    parts: Sequence[Shard],
+    settings: NeighboursConfig,
+) -> None:
+    """Searches this process's part of the index for each shard that process 0 takes."""
+    while (number := _tell()) != _DONE:
+        if number != _WAIT:
+            _find(finder, vectors, parts[number], settings)
+
+
+def _tell(message: int = _WAIT) -> int:
+    """Process 0's message, on every process of the program."""
+    if not hosts.together():
+        return message
+    return int(hosts.broadcast(np.asarray(message, np.int32)))
 
 
 def _find(
     finder: Filter,
     vectors: ShardedArray,
-    rows: HostArray,
+    shard: Shard,
     settings: NeighboursConfig,
-    on_progress: Callable[[int], object],
+    on_progress: Callable[[int], object] = lambda rows: None,
 ) -> SearchResult:
-    """The neighbours of some chunks, a batch at a time."""
+    """The neighbours of a shard's chunks, a batch at a time.
+
+    Batches begin with the shard, so the result does not depend on who finds it.
+    """
+    rows = np.arange(shard.start, shard.stop)
     result = SearchResult.missing(len(rows), settings.k)
     for start in range(0, len(rows), settings.batch_size):
         part = slice(start, start + settings.batch_size)
@@ -129,32 +171,34 @@ def _counts(result: SearchResult) -> dict[str, float]:
     }
 
 
-def _commit(
-    num_chunks: int, settings: NeighboursConfig, stage: artifacts.Stage
-) -> None:
-    num_shards = -(-num_chunks // settings.shard_size)
-    notes = [
-        stage.noted(shard_name("ids", i, num_shards)) or {} for i in range(num_shards)
-    ]
-    rows, short, found, score, seconds = (
-        sum(note[key] for note in notes)
-        for key in ("rows", "short", "found", "score", "seconds")
-    )
-    average = score / found if found else 0.0
-    stage.commit(
-        {
-            "num_shards": num_shards,
+def _commit(settings: NeighboursConfig, work: Work) -> None:
+    def meta(notes: Sequence[JsonDict]) -> JsonDict:
+        rows, short, found, score, seconds = (
+            sum(note[key] for note in notes)
+            for key in ("rows", "short", "found", "score", "seconds")
+        )
+        return {
+            "num_shards": len(work.shards),
             "rows": rows,
             "k": settings.k,
             "found": found,
             "short": short,
-            "average_score": average,
+            "average_score": score / found if found else 0.0,
             "seconds": round(seconds, 2),
+            "processes": shards.num_makers(notes),
         }
-    )
+
+    manifest = work.commit(meta)
+    if manifest is None:
+        sharing.say_own_part(work, label="neighbours")
+        return
+    made = manifest.meta
+    rows, short, processes = made["rows"], made["short"], made["processes"]
+    by = f" by {processes:,} processes" if processes > 1 else ""
     common.say(
-        f"neighbours: {found:,} of {rows:,} chunks, average score {average:.4f},"
-        f" {seconds:.1f} s ({rows / max(seconds, 1e-9):,.0f} chunks/s)"
+        f"neighbours: {made['found']:,} of {rows:,} chunks, average score"
+        f" {made['average_score']:.4f}, {made['seconds']:.1f} s{by}"
+        f" ({rows / max(made['seconds'], 1e-9):,.0f} chunks/s{' each' if by else ''})"
     )
     if short:
         common.say(

@@ -26,7 +26,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from realm_retro import config as config_lib
-from realm_retro.cli import common
+from realm_retro.cli import common, program
 from realm_retro.errors import UserError
 from realm_retro.parallel import hosts
 from realm_retro.parallel.mesh import MeshConfig, make_mesh
@@ -40,16 +40,14 @@ from realm_retro.train.optim import OptimizerConfig
 from realm_retro.train.recipe import Recipe
 from realm_retro.typing import JsonDict
 
-DISTRIBUTED = flags.DEFINE_bool(
-    "distributed", False, "Let JAX find the other processes of this run by itself."
-)
+flags.adopt_module_key_flags(program)
 SIGTERM_STATUS = 143
 T = TypeVar("T")
 
 
 def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Trains one run to its end, or until SIGTERM."""
-    hosts.initialise(detect=DISTRIBUTED.value)
+    hosts.initialise(detect=program.DISTRIBUTED.value)
     mesh = make_mesh(_build(config, "mesh", MeshConfig))
     values = config_lib.as_dict(config)
     outcome = loop.train(

@@ -67,6 +67,11 @@ def initialise(
         )
 
 
+def together() -> bool:
+    """Whether this process joined others; unlike the rest, it touches no device."""
+    return jax.distributed.is_initialized()
+
+
 def is_main() -> bool:
     """Whether this process is the one that writes logs and manifests."""
     return jax.process_index() == 0
@@ -88,6 +93,23 @@ def broadcast(value: PyTree) -> PyTree:
     if jax.process_count() == 1:
         return value
     return multihost_utils.broadcast_one_to_all(value)
+
+
+def gather(value: HostArray) -> HostArray:
+    """Every process's value, bit for bit, ``[processes, *shape]``, on every process.
+
+    Args:
+      value: of any dtype; of the same shape and dtype everywhere.
+    """
+    if jax.process_count() == 1:
+        return value[None]
+    # As bytes: JAX would cut 64-bit numbers. Few lengths: each is a program of its own.
+    data = np.frombuffer(value.tobytes(), np.uint8)
+    padded = np.zeros(1 << max(len(data) - 1, 0).bit_length(), np.uint8)
+    padded[: len(data)] = data
+    parts = multihost_utils.process_allgather(padded)
+    whole = np.ascontiguousarray(np.asarray(parts)[:, : len(data)])
+    return whole.view(value.dtype).reshape(len(parts), *value.shape)
 
 
 def to_global(value: HostArray, sharding: NamedSharding) -> Array:

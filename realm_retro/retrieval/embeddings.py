@@ -16,6 +16,7 @@ from realm_retro import artifacts
 from realm_retro.arrays import ShardedArray
 from realm_retro.errors import UserError
 from realm_retro.retrieval.embed import EmbedConfig
+from realm_retro.shards import Shard
 
 KIND = "embeddings"
 FORMAT_VERSION = 1
@@ -91,8 +92,9 @@ def open_stage(
     compute_dtype: str,
     chunks_fingerprint: str,
     encoder_fingerprint: str,
+    join: bool = False,
 ) -> artifacts.Stage:
-    """Opens the stage for writing or resuming.
+    """Opens the stage for writing or resuming, to be shared.
 
     How batches are cut is no part of it: any size gives the same vectors, up to
     rounding.
@@ -108,6 +110,7 @@ def open_stage(
         },
         parents={"chunks": chunks_fingerprint, "encoder": encoder_fingerprint},
         made_by=MADE_BY,
+        join=join,
     )
 
 
@@ -115,3 +118,11 @@ def shard_names(num_rows: int, shard_size: int) -> list[str]:
     """File names of the shards of `num_rows` vectors, in order."""
     count = -(-num_rows // shard_size)
     return [f"vectors-{i:05d}-of-{count:05d}.npy" for i in range(count)]
+
+
+def shards(num_rows: int, shard_size: int) -> list[Shard]:
+    """The shards of `num_rows` vectors, in order."""
+    return [
+        Shard(i * shard_size, min((i + 1) * shard_size, num_rows), (name,))
+        for i, name in enumerate(shard_names(num_rows, shard_size))
+    ]

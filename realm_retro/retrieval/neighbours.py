@@ -16,6 +16,7 @@ from etils import epath
 from realm_retro import artifacts
 from realm_retro.arrays import ShardedArray
 from realm_retro.retrieval.index.base import MISSING_ID, Index, SearchResult
+from realm_retro.shards import Shard
 from realm_retro.typing import HostArray
 
 KIND = "neighbours"
@@ -107,9 +108,16 @@ class NeighbourTable:
 
 
 def open_stage(
-    directory: epath.PathLike, *, config: NeighboursConfig, parents: Mapping[str, str]
+    directory: epath.PathLike,
+    *,
+    config: NeighboursConfig,
+    parents: Mapping[str, str],
+    join: bool = False,
 ) -> artifacts.Stage:
-    """Opens the stage for writing or resuming; the batch size is no part of it."""
+    """Opens the stage for writing or resuming, to be shared.
+
+    The batch size is no part of it.
+    """
     return artifacts.Stage.open(
         directory,
         kind=KIND,
@@ -121,7 +129,21 @@ def open_stage(
         },
         parents=parents,
         made_by=MADE_BY,
+        join=join,
     )
+
+
+def shards(num_rows: int, shard_size: int) -> list[Shard]:
+    """The shards of a table of `num_rows`, in order: a file of ids, one of scores."""
+    starts = range(0, num_rows, shard_size)
+    return [
+        Shard(
+            start,
+            min(start + shard_size, num_rows),
+            tuple(shard_name(part, i, len(starts)) for part in ("ids", "scores")),
+        )
+        for i, start in enumerate(starts)
+    ]
 
 
 def shard_name(part: str, shard: int, num_shards: int) -> str:

@@ -18,7 +18,9 @@ MADE_BY = "realm_retro.cli.embed"
 FILES = {"shard-0.bin": b"first shard" * 50, "sub/shard-1.bin": b"second\x00\xff" * 9}
 
 
-def open_stage(directory, *, config=None, parents=None, kind="embeddings", version=1):
+def open_stage(
+    directory, *, config=None, parents=None, kind="embeddings", version=1, join=None
+):
     return artifacts.Stage.open(
         directory,
         kind=kind,
@@ -26,6 +28,7 @@ def open_stage(directory, *, config=None, parents=None, kind="embeddings", versi
         config={"size": 2, "shape": (3, 4)} if config is None else config,
         parents={"chunks": "c" * 64} if parents is None else parents,
         made_by=MADE_BY,
+        join=join,
     )
 
 
@@ -505,7 +508,8 @@ try:
     stage = artifacts.Stage.open(
         sys.argv[1], kind="embeddings", format_version=1,
         config={"size": 2, "shape": (3, 4)}, parents={"chunks": "c" * 64},
-        made_by="realm_retro.cli.embed", claim=len(sys.argv) < 3,
+        made_by="realm_retro.cli.embed", claim="no claim" not in sys.argv,
+        join={"join": True, "alone": False}.get(sys.argv[-1]),
     )
 except UserError as error:
     sys.exit(str(error))
@@ -555,6 +559,21 @@ def test_two_processes_do_not_write_one_stage(tmp_path, other_process):
     # Nor is there anything to claim in what is finished.
     assert other_process(tmp_path / "a").stdout.readline() == "open\n"
     assert load(tmp_path / "a").files.keys() == FILES.keys()
+
+
+def test_two_processes_may_share_a_stage_that_can_be(tmp_path, other_process):
+    first = other_process(tmp_path / "a", "alone")
+    assert first.stdout.readline() == "open\n"
+    refused = other_process(tmp_path / "a", "alone").communicate()[1]
+    assert refused == (
+        f"{tmp_path / 'a'}: another process is writing it; wait for it or stop it, or"
+        " share its work with --join\n"
+    )
+    assert other_process(tmp_path / "a", "join").stdout.readline() == "open\n"
+    first.kill()
+    first.wait()
+    # One that joined another does not keep a first one out.
+    assert not open_stage(tmp_path / "a", join=False).finished
 
 
 def test_a_stage_is_free_when_its_writer_lets_go(tmp_path, other_process):

@@ -12,7 +12,8 @@ PACKAGE = ROOT / "realm_retro"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 FOUNDATION = set(
-    "arrays artifacts config errors host_memory progress typing".split()  # noqa: SIM905
+    "arrays artifacts atomic config errors host_memory leases progress shards "  # noqa: SIM905
+    "typing".split()
 )
 # Part → the other parts that it may import. Everything points down.
 MAY_IMPORT = {

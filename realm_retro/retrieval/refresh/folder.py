@@ -1,26 +1,22 @@
-"""The folder that a trainer and its workers share, and the few atomic moves on it.
+"""The folder that a trainer and its workers share: what lies where in it.
 
-Whatever appears under its final name is whole: a file is written under a private name
-and linked, a directory is filled under a private name and renamed. Both moves are
-atomic and exclusive on a POSIX file system, a network one included; that is all the
-protocol asks of it. A bucket has neither.
+Whatever appears under its final name is whole, by the moves of `atomic`; that is all
+the protocol asks of a file system.
 """
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import json
 import os
 import pathlib
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Iterable
 
 from etils import epath
 
+from realm_retro import atomic
 from realm_retro.errors import UserError
 
 SNAPSHOTS = "snapshots"
@@ -32,10 +28,6 @@ ENDED = "training_ended"
 _STEP = re.compile(r"step-(\d{8,})")
 _JOB = re.compile(r"step-(\d{8,})-[0-9a-f]+")
 _PRIVATE_STEP = re.compile(r"\.step-(\d{8,})\.[0-9a-f]+")
-_TRASH = ".trash-"
-# What file systems without hard links answer.
-_NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
-_NOT_EMPTY = {errno.ENOTEMPTY, errno.EEXIST}
 
 
 def local(root: epath.PathLike) -> pathlib.Path:
@@ -44,13 +36,13 @@ def local(root: epath.PathLike) -> pathlib.Path:
     Raises:
       UserError: it is a bucket.
     """
-    text = os.fspath(root)
-    if "://" in text:
+    path = atomic.local(root)
+    if path is None:
         raise UserError(
-            f"{text}: index refresh needs a shared file system with atomic renames, a"
-            " bucket has none; use a --workdir on one, such as an NFS mount"
+            f"{os.fspath(root)}: index refresh needs a shared file system with atomic"
+            " renames, a bucket has none; use a --workdir on one, such as an NFS mount"
         )
-    return pathlib.Path(text)
+    return path
 
 
 def step_name(step: int) -> str:
@@ -60,20 +52,13 @@ def step_name(step: int) -> str:
 
 def steps(folder: pathlib.Path) -> list[int]:
     """The steps that have a directory in `folder`, ascending; one listing."""
-    return sorted(int(m[1]) for name in names(folder) if (m := _STEP.fullmatch(name)))
-
-
-def names(folder: pathlib.Path) -> list[str]:
-    """The names in `folder`; none where it is not there (yet, or any more)."""
-    try:
-        return os.listdir(folder)
-    except FileNotFoundError:
-        return []
+    found = (_STEP.fullmatch(name) for name in atomic.names(folder))
+    return sorted(int(m[1]) for m in found if m)
 
 
 def jobs(root: pathlib.Path) -> list[tuple[int, pathlib.Path]]:
     """(step, directory) of the versions in the making, ascending."""
-    found = (_JOB.fullmatch(name) for name in names(root / BUILDING))
+    found = (_JOB.fullmatch(name) for name in atomic.names(root / BUILDING))
     return sorted((int(m[1]), root / BUILDING / m[0]) for m in found if m)
 
 
@@ -82,94 +67,12 @@ def private_name(step: int) -> str:
     return f".{step_name(step)}.{secrets.token_hex(6)}"
 
 
-@contextlib.contextmanager
-def private_file(folder: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
-    """Yields a path for a file that no other process writes; it is gone at the end."""
-    path = folder / f".{name}.{secrets.token_hex(6)}"
-    try:
-        yield path
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def place(private: pathlib.Path, final: pathlib.Path) -> bool:
-    """Gives a whole file its final name; False where another has it already."""
-    flush(private)
-    try:
-        os.link(private, final)
-    except FileExistsError:
-        return False
-    except OSError as error:
-        if error.errno not in _NO_LINKS:
-            raise
-        # Not exclusive, but whole: two that come here at once hold the same content.
-        if final.exists():
-            return False
-        os.replace(private, final)
-    return True
-
-
-def place_json(value: Any, final: pathlib.Path) -> bool:
-    """`place` for a JSON value."""
-    with private_file(final.parent, final.name) as private:
-        private.write_text(json.dumps(value, indent=1, sort_keys=True))
-        return place(private, final)
-
-
-def replace_json(value: Any, final: pathlib.Path) -> None:
-    """Writes a JSON value whole over what is there."""
-    with private_file(final.parent, final.name) as private:
-        private.write_text(json.dumps(value, indent=1, sort_keys=True))
-        flush(private)
-        os.replace(private, final)
-
-
-def place_directory(private: pathlib.Path, final: pathlib.Path) -> bool:
-    """Gives a filled directory its final name; False where another has it already."""
-    try:
-        os.rename(private, final)
-    except OSError as error:
-        if error.errno not in _NOT_EMPTY:
-            raise
-        return False
-    return True
-
-
-def discard(path: pathlib.Path) -> None:
-    """Deletes a directory so that nobody ever sees half of it."""
-    trash = path.parent / f"{_TRASH}{secrets.token_hex(6)}"
-    # Another may have been quicker.
-    with contextlib.suppress(FileNotFoundError):
-        os.rename(path, trash)
-        shutil.rmtree(trash, ignore_errors=True)
-
-
 def sweep(folder: pathlib.Path, *, before: int) -> None:
     """Deletes what killed processes left half-filled of steps below `before`."""
-    for name in names(folder):
+    for name in atomic.names(folder):
         match = _PRIVATE_STEP.fullmatch(name)
-        if name.startswith(_TRASH) or (match and int(match[1]) < before):
+        if name.startswith(atomic.TRASH) or (match and int(match[1]) < before):
             shutil.rmtree(folder / name, ignore_errors=True)
-
-
-def clock(folder: pathlib.Path) -> float:
-    """Now, in seconds, by the clock that stamps the files of `folder`.
-
-    On a network file system that is the server's: hosts' clocks need not agree.
-    """
-    with private_file(folder, "clock") as path:
-        path.touch()
-        return path.stat().st_mtime
-
-
-def flush(path: pathlib.Path) -> None:
-    """Returns when the file's content is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def begin_training(root: epath.PathLike, *, step: int = 0) -> None:
@@ -205,10 +108,10 @@ def training_ended(root: epath.PathLike) -> bool:
 def forget(root: pathlib.Path, step: int) -> None:
     """Deletes the snapshot of a step and everything made from it."""
     for part in (SNAPSHOTS, VERSIONS, BUILDING):
-        for name in names(root / part):
+        for name in atomic.names(root / part):
             # Work in progress carries its snapshot's fingerprint behind the step.
             if name == step_name(step) or name.startswith(f"{step_name(step)}-"):
-                discard(root / part / name)
+                atomic.discard(root / part / name)
 
 
 def mark_using(root: epath.PathLike, held: Iterable[int], *, owner: str) -> None:
@@ -221,7 +124,7 @@ def mark_using(root: epath.PathLike, held: Iterable[int], *, owner: str) -> None
     """
     folder = local(root) / USING
     folder.mkdir(parents=True, exist_ok=True)
-    replace_json({"steps": sorted(set(held))}, folder / f"{owner}.json")
+    atomic.replace_json({"steps": sorted(set(held))}, folder / f"{owner}.json")
 
 
 def in_use(root: pathlib.Path) -> set[int]:
@@ -231,7 +134,7 @@ def in_use(root: pathlib.Path) -> set[int]:
       UserError: a mark cannot be read; nothing may be deleted then.
     """
     used: set[int] = set()
-    for name in names(root / USING):
+    for name in atomic.names(root / USING):
         if name.startswith("."):
             continue
         path = root / USING / name

@@ -14,9 +14,10 @@ import pathlib
 from collections.abc import Callable
 from typing import Literal
 
+from realm_retro import atomic, leases
 from realm_retro.arrays import NpyWriter
 from realm_retro.errors import UserError
-from realm_retro.retrieval.refresh import folder, leases
+from realm_retro.retrieval.refresh import folder
 from realm_retro.retrieval.refresh.snapshots import Snapshot
 from realm_retro.retrieval.refresh.versions import Target
 from realm_retro.typing import HostArray, JsonDict
@@ -55,7 +56,7 @@ class Job:
 
     def missing(self) -> list[int]:
         """Shards that are not finished."""
-        there = set(folder.names(self.directory))
+        there = set(atomic.names(self.directory))
         names = self.target.names()
         return [i for i, name in enumerate(names) if name not in there]
 
@@ -66,7 +67,7 @@ class Job:
     def age(self) -> float:
         """Seconds since it was begun, by the file system's clock."""
         begun = (self.directory / _PLAN).stat().st_mtime
-        return folder.clock(self.directory) - begun
+        return atomic.clock(self.directory) - begun
 
     def publish(
         self, shard: int, vectors: HostArray, *, held: Callable[[], bool]
@@ -83,12 +84,12 @@ class Job:
         """
         name = self.target.names()[shard]
         try:
-            with folder.private_file(self.directory, name) as private:
+            with atomic.private_file(self.directory, name) as private:
                 with NpyWriter(private, vectors.dtype, vectors.shape[1:]) as file:
                     file.append(vectors)
                 if not held():
                     return "lost"
-                placed = folder.place(private, self.directory / name)
+                placed = atomic.place(private, self.directory / name)
                 return "published" if placed else "duplicate"
         except FileNotFoundError:
             raise Superseded(self.directory.name) from None
@@ -108,13 +109,13 @@ def begin(
     wanted = {**target.as_config(), "parents": dict(target.parents)}
     try:
         (directory / _LEASES).mkdir(parents=True, exist_ok=True)
-        folder.place_json({**wanted, "must_finish": must_finish}, directory / _PLAN)
+        atomic.place_json({**wanted, "must_finish": must_finish}, directory / _PLAN)
         plan = _read(directory / _PLAN)
     except FileNotFoundError:
         raise Superseded(directory.name) from None
     if (root / folder.VERSIONS / folder.step_name(snapshot.step)).exists():
         # Published after the caller looked, and this began it once more.
-        folder.discard(directory)
+        atomic.discard(directory)
         raise Superseded(directory.name)
     for key, value in wanted.items():
         if plan.get(key) != value:

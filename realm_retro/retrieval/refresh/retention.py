@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pathlib
 
+from realm_retro import atomic
 from realm_retro.retrieval.refresh import folder
 
 
@@ -23,14 +24,14 @@ def prune(root: pathlib.Path, *, keep: int) -> None:
         if step > finished:
             in_work.add(step)
         else:
-            folder.discard(directory)
+            atomic.discard(directory)
     for step in versions:
         if step not in stay:
-            folder.discard(root / folder.VERSIONS / folder.step_name(step))
+            atomic.discard(root / folder.VERSIONS / folder.step_name(step))
     stay = set(snapshots[-keep:]) | in_work
     for step in snapshots:
         if step not in stay:
-            folder.discard(root / folder.SNAPSHOTS / folder.step_name(step))
+            atomic.discard(root / folder.SNAPSHOTS / folder.step_name(step))
     folder.sweep(root / folder.VERSIONS, before=finished + 1)
     folder.sweep(root / folder.SNAPSHOTS, before=snapshots[-1] if snapshots else 0)
     folder.sweep(root / folder.BUILDING, before=0)

@@ -17,7 +17,7 @@ import safetensors.numpy
 from etils import epath
 from safetensors import SafetensorError
 
-from realm_retro import artifacts
+from realm_retro import artifacts, atomic
 from realm_retro.errors import UserError
 from realm_retro.retrieval.refresh import folder, retention
 from realm_retro.typing import HostArray, JsonDict
@@ -108,7 +108,7 @@ def publish_snapshot(
         written = load_manifest(private, verify=False)
         if final.exists() and not _is(final, written):
             folder.forget(path, step)
-        folder.place_directory(private, final)
+        atomic.place_directory(private, final)
     finally:
         shutil.rmtree(private, ignore_errors=True)
     retention.prune(path, keep=keep)

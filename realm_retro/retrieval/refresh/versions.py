@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from realm_retro import artifacts
+from realm_retro import artifacts, atomic
 from realm_retro.arrays import ShardedArray, open_npy
 from realm_retro.errors import UserError
 from realm_retro.retrieval.refresh import folder
@@ -217,7 +217,7 @@ def publish_version(
             }
         )
         # Gone: the trainer has replaced the snapshot that the shards were made from.
-        return shards.exists() and folder.place_directory(private, final)
+        return shards.exists() and atomic.place_directory(private, final)
     except FileNotFoundError:
         if final.exists():
             return False  # Published by another, who cleared the work away meanwhile.

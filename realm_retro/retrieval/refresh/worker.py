@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import enum
-import os
 import pathlib
-import secrets
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import TypeAlias
@@ -16,11 +13,11 @@ from typing import TypeAlias
 import numpy as np
 from etils import epath
 
+from realm_retro import leases
 from realm_retro.errors import UserError
 from realm_retro.retrieval.refresh import (
     folder,
     jobs,
-    leases,
     retention,
     snapshots,
     versions,
@@ -99,8 +96,7 @@ class Worker:
         self._lease_seconds = lease_seconds
         self._keep = keep
         self._report = report
-        host = "".join(c if c.isalnum() else "-" for c in socket.gethostname())
-        self.owner = f"{host}-{os.getpid()}-{secrets.token_hex(3)}"
+        self.owner = leases.owner()
         self.totals = Totals()
         self._loaded: tuple[Snapshot, EmbedRows] | None = None
         self._job: Job | None = None

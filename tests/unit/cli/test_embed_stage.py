@@ -1,5 +1,7 @@
 """The embed stage on a tiny store and a tiny encoder."""
 
+import threading
+
 import ml_collections
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ import tiny_bert
 from etils import epath
 
 from realm_retro.cli import embed as embed_cli
-from realm_retro.cli import encoders
+from realm_retro.cli import encoders, sharing
 from realm_retro.data import chunk_writer
 from realm_retro.data.chunk_store import ChunkStore
 from realm_retro.data.chunk_writer import ChunksConfig
@@ -120,6 +122,43 @@ def test_resumes_at_the_missing_shard(workdir, encoder, tmp_path):
         assert resumed.manifest.files[name] == whole.files[name]
     assert resumed.manifest.meta["texts"] == len(store)
     assert resumed.manifest.meta["seconds"] >= 5.0
+
+
+def test_two_workers_make_what_one_makes(workdir, encoder, tmp_path):
+    config = config_of(encoder, **{"embed.shard_size": 8})
+    embed_cli.main(config, workdir)
+    alone = Embeddings.open(workdir / "embeddings").manifest
+    (tmp_path / "again").mkdir()
+    store = ChunkStore.open(workdir / "chunks")
+    settings = embed_cli.EmbedConfig(shard_size=8)
+    made = []
+
+    def run():
+        stage = embeddings.open_stage(
+            tmp_path / "again" / "embeddings",
+            config=settings,
+            compute_dtype="float32",
+            chunks_fingerprint=store.fingerprint,
+            encoder_fingerprint=encoders.fingerprint(encoders.EncoderConfig.of(config)),
+            join=True,
+        )
+        embedder = encoders.build_embedder(encoders.EncoderConfig.of(config))
+        parts = embeddings.shards(len(store), 8)
+        with sharing.work(stage, parts, label="embeddings") as work:
+            embed_cli.write_shards(store, embedder, settings, work)
+            embed_cli._commit(embedder, work)
+            made.append(work.totals.shards)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    together = Embeddings.open(tmp_path / "again" / "embeddings").manifest
+    assert together.fingerprint == alone.fingerprint
+    assert sum(made) == len(alone.files)
+    counted = ("texts", "tokens", "empty", "truncated")
+    assert [together.meta[n] for n in counted] == [alone.meta[n] for n in counted]
 
 
 def test_other_settings_are_refused(workdir, encoder):

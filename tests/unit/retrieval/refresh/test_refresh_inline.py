@@ -3,6 +3,7 @@
 import pytest
 import toy_refresh as toy
 
+from realm_retro import atomic
 from realm_retro.errors import UserError
 from realm_retro.retrieval import refresh
 from realm_retro.retrieval.refresh import folder, snapshots
@@ -32,7 +33,7 @@ def test_its_own_snapshot_cannot_be_read_back(tmp_path, monkeypatch, damage):
         content[-1] ^= 1
         path.write_bytes(bytes(content))
         if damage == "remove":
-            folder.discard(tmp_path / "snapshots" / folder.step_name(3))
+            atomic.discard(tmp_path / "snapshots" / folder.step_name(3))
         return snapshot
 
     monkeypatch.setattr(snapshots, "publish_snapshot", on_a_bad_disk)
@@ -43,7 +44,7 @@ def test_its_own_snapshot_cannot_be_read_back(tmp_path, monkeypatch, damage):
 
 def test_a_newer_version_is_of_an_earlier_life(tmp_path):
     refreshed(tmp_path, 5)
-    folder.discard(tmp_path / "snapshots" / folder.step_name(5))
+    atomic.discard(tmp_path / "snapshots" / folder.step_name(5))
     with pytest.raises(ValueError, match="versions of step 5, after 3; call begin"):
         refreshed(tmp_path, 3)
     refresh.begin_training(tmp_path, step=3)

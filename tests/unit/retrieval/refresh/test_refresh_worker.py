@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import toy_refresh as toy
 
+from realm_retro import atomic
 from realm_retro.errors import UserError
 from realm_retro.retrieval import refresh
 from realm_retro.retrieval.refresh import Did, Target, Worker, folder, jobs, versions
@@ -347,7 +348,7 @@ def test_open_vectors_outlive_their_version(root):
     publish(root, 1)
     work(worker_on(root)[0])
     vectors = refresh.load_vectors(refresh.newest_version(root))
-    folder.discard(root / "versions" / "step-00000001")
+    atomic.discard(root / "versions" / "step-00000001")
     np.testing.assert_array_equal(vectors[:], toy.expected(1))
 
 

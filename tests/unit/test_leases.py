@@ -2,12 +2,14 @@
 
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 
-from realm_retro.retrieval.refresh import folder, leases
+from realm_retro import atomic, leases
 
 
 def claim(where, wanted=("shard-00000",), *, owner="me", seconds=60.0):
@@ -113,6 +115,41 @@ def test_expiry_is_what_the_holder_promised(tmp_path):
     assert claim(tmp_path, seconds=1.0) is None
 
 
+CLAIM = """
+import pathlib, sys
+from realm_retro import leases
+folder = pathlib.Path(sys.argv[1])
+leases.claim_first(folder, ["shard-00000"], owner="other", seconds=3600.0)
+print("claimed", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_process_of_this_host_that_is_gone_holds_nothing(tmp_path):
+    command = [sys.executable, "-c", CLAIM, str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        assert process.stdout.readline() == "claimed\n"
+        assert claim(tmp_path) is None
+        assert leases.owners(tmp_path, ["shard-00000"]) == {"other"}
+        process.kill()
+    if leases._machine() is None:
+        pytest.skip("no /proc here: a lease has to expire")
+    assert leases.owners(tmp_path, ["shard-00000"]) == set()
+    assert claim(tmp_path) is not None
+
+
+def test_a_process_of_another_host_is_not_asked_after(tmp_path):
+    claim(tmp_path, seconds=3600.0)
+    path = only(tmp_path)
+    body = json.loads(path.read_text())
+    for machine in ("another", None):
+        path.write_text(json.dumps({**body, "machine": machine, "pid": 2**22 + 1}))
+        assert claim(tmp_path) is None
+    path.write_text(json.dumps({**body, "pid": 2**22 + 1}))
+    assert (claim(tmp_path) is None) == (body["machine"] is None)
+
+
 def test_a_lease_that_cannot_be_read_lives_a_minute(tmp_path):
     path = tmp_path / "shard-00000.0001.json"
     path.write_text("{")
@@ -125,14 +162,14 @@ def test_a_lease_whose_folder_is_gone_is_lost(tmp_path):
     where = tmp_path / "leases"
     where.mkdir()
     with claim(where, seconds=0.04)[1] as lease:
-        folder.discard(where)
+        atomic.discard(where)
         time.sleep(0.03)
         assert not lease.held()
         lease.release()
 
 
 def test_the_clock_is_the_file_systems(tmp_path):
-    assert abs(folder.clock(tmp_path) - time.time()) < 5
+    assert abs(atomic.clock(tmp_path) - time.time()) < 5
     assert not os.listdir(tmp_path)
 
 
@@ -145,7 +182,7 @@ def test_placing_is_exclusive_and_whole(tmp_path, links, monkeypatch):
 
         monkeypatch.setattr(os, "link", refuse)
     final = tmp_path / "value.json"
-    assert folder.place_json({"by": 1}, final)
-    assert not folder.place_json({"by": 2}, final)
+    assert atomic.place_json({"by": 1}, final)
+    assert not atomic.place_json({"by": 2}, final)
     assert json.loads(final.read_text()) == {"by": 1}
     assert os.listdir(tmp_path) == ["value.json"]
