@@ -39,7 +39,7 @@ CLOCK = ("tokens_per_second", "seconds_per_step")
 DECISIVE = ("task", "model", "init", "pretrain")
 
 
-def save_tokenizer(folder, words=WORDS):
+def save_tokenizer(folder, words=WORDS, *, size=VOCAB_SIZE):
     """Writes ``tokenizer.json``: `words` and letters, special ids as BERT has them."""
     special = {"[PAD]": PAD_ID, "[UNK]": 100, "[CLS]": CLS_ID, "[SEP]": SEP_ID}
     special["[MASK]"] = MASK_ID
@@ -48,7 +48,7 @@ def save_tokenizer(folder, words=WORDS):
     pieces += [f"##{letter}" for letter in spelt]
     vocabulary = {piece: 104 + i for i, piece in enumerate(dict.fromkeys(pieces))}
     vocabulary |= special
-    assert max(vocabulary.values()) < VOCAB_SIZE
+    assert max(vocabulary.values()) < size
     found = tokenizers.Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
     found.add_special_tokens(list(special))
     found.normalizer = normalizers.BertNormalizer()
