@@ -52,7 +52,9 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with stage.released_on_error():
         embedder = encoders.build_embedder(
-            encoder, batch_tokens=embed_config.batch_tokens
+            encoder,
+            batch_tokens=embed_config.batch_tokens,
+            mesh=embed_config.mesh(),
         )
         write_shards(store, embedder, embed_config, stage)
     _commit(len(store), embedder, embed_config, stage)
