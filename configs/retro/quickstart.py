@@ -11,7 +11,7 @@ from realm_retro.retro import sizes
 
 
 def get_config(which: str = "retro") -> ml_collections.ConfigDict:
-    """The settings of every stage; `which` is ``retro`` or ``plain``."""
+    """The settings of every stage; `which` is ``retro``, ``plain`` or ``retrofit``."""
     config = ml_collections.ConfigDict()
     config.name = "retro"
     config.seed = 0

@@ -14,5 +14,5 @@ from realm_retro.retro import sizes
 
 
 def get_config(which: str = "retro") -> ml_collections.ConfigDict:
-    """The paper's settings; `which` is ``retro`` or ``plain``."""
+    """The paper's settings; `which` is ``retro``, ``plain`` or ``retrofit``."""
     return sizes.variant(sizes.paper("425m"), which)

@@ -18,7 +18,7 @@ from realm_retro.retro import sizes
 
 
 def get_config(which: str = "retro") -> ml_collections.ConfigDict:
-    """Every stage's settings; `which` is ``retro`` or ``plain``."""
+    """Every stage's settings; `which` is ``retro``, ``plain`` or ``retrofit``."""
     config = ml_collections.ConfigDict(
         {
             "name": "retro",

@@ -61,7 +61,9 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     with stage.released_on_error():
         embedder = encoders.build_embedder(
-            encoder, batch_tokens=embed_config.batch_tokens
+            encoder,
+            batch_tokens=embed_config.batch_tokens,
+            mesh=embed_config.mesh(),
         )
         parts = embeddings.shards(len(store), embed_config.shard_size)
         with sharing.work(stage, parts, label="embeddings") as work:

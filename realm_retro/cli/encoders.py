@@ -10,7 +10,9 @@ from typing import cast
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 
 from realm_retro import artifacts
 from realm_retro import config as config_lib
@@ -18,7 +20,8 @@ from realm_retro.errors import UserError
 from realm_retro.interop import bert as bert_weights
 from realm_retro.nn.bert import Bert, BertConfig
 from realm_retro.parallel import axes
-from realm_retro.parallel.mesh import make_mesh
+from realm_retro.parallel import mesh as meshes
+from realm_retro.parallel.mesh import local_mesh
 from realm_retro.retrieval import embed, embeddings
 from realm_retro.retrieval.embed import Embedder, TextEncoder
 from realm_retro.retrieval.index import store
@@ -141,17 +144,22 @@ def open_retriever(config: ml_collections.ConfigDict, workdir: epath.Path) -> Re
     return Retriever(store.load(index), build_encoder(config))
 
 
-def build_embedder(config: EncoderConfig, *, batch_tokens: int = 0) -> Embedder:
-    """Loads an encoder onto this process's devices, which share the rows of a batch.
+def build_embedder(
+    config: EncoderConfig, *, batch_tokens: int = 0, mesh: Mesh | None = None
+) -> Embedder:
+    """Loads an encoder onto devices that share the rows of a batch.
 
     Args:
       config: which encoder.
       batch_tokens: tokens of a batch on one device, padding included; 0 chooses by the
         kind of device, see `embed.EmbedConfig`.
+      mesh: the devices; where it is None those of this process, with a copy of the
+        weights on each.
 
     Raises:
       UserError: files are missing or damaged, or a setting does not fit them.
     """
+    mesh = mesh or local_mesh()
     folder = config.folder()
     bert, params = bert_weights.load_safetensors(
         folder, compute_dtype=config.compute_dtype
@@ -167,42 +175,45 @@ def build_embedder(config: EncoderConfig, *, batch_tokens: int = 0) -> Embedder:
             f"{folder / TOKENIZER}: has {tokenizer.get_vocab_size()} pieces, but the"
             f" weights know {bert.vocab_size}; the files do not belong together"
         )
-    devices = jax.local_devices()
+    rows = axes.row_shares(mesh)
     if not batch_tokens:
-        batch_tokens = 1024 if devices[0].platform == "cpu" else 65_536
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        batch_tokens = 1024 if on_cpu else 65_536
     return Embedder(
-        apply=_on_devices(bert, params),
+        apply=_on_devices(bert, params, mesh),
         tokenizer=tokenizer,
         dim=bert.width,
         max_tokens=config.max_tokens,
-        batch_tokens=batch_tokens * len(devices),
-        row_multiple=len(devices),
+        batch_tokens=batch_tokens * rows,
+        row_multiple=rows,
         fingerprint=fingerprint(config),
     )
 
 
 def _on_devices(
-    config: BertConfig, params: Params
+    config: BertConfig, params: Params, mesh: Mesh
 ) -> Callable[[HostArray, HostArray], Array]:
-    mesh = make_mesh(devices=jax.local_devices())
-    placed = jax.device_put(params, axes.sharding((), (), mesh))
+    one = np.ones((1, 1), np.int32)
+    boxed = jax.eval_shape(Bert(config).init, jax.random.key(0), one, one > 0)
+    placed = jax.device_put(params, axes.shardings(boxed, mesh)["params"])
 
     def apply(ids: HostArray, lengths: HostArray) -> Array:
         rows = axes.sharding(("batch",), lengths.shape, mesh)
-        return _pooled(config, placed, *jax.device_put((ids, lengths), rows))
+        return _pooled(config, mesh, placed, *jax.device_put((ids, lengths), rows))
 
     return apply
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _pooled(
     config: BertConfig,
+    mesh: Mesh,
     params: Params,
     ids: Int[Array, "rows length"],
     lengths: Int[Array, " rows"],
 ) -> Float[Array, "rows d"]:
     mask = jnp.arange(ids.shape[1])[None, :] < lengths[:, None]
     # Accelerators round float32 products by default; float32 is to mean float32.
-    with jax.default_matmul_precision("float32"):
+    with jax.default_matmul_precision("float32"), meshes.active(mesh):
         hidden = Bert(config).apply({"params": params}, ids, mask)
     return embed.mean_pool(cast(Array, hidden), mask)

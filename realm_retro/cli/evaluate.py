@@ -62,9 +62,9 @@ def main(config: Config, workdir: epath.Path) -> None:
     bits = {}
     for k in sweep:
         source = batches.WindowSource(windows, store, table if k else None, k)
+        off = () if k else recipe.without_retrieval(model, params, mesh)
         bits[k] = evaluate.document_bits(
-            model,
-            params,
+            *(off or (model, params)),
             source,
             rows,
             batch_size=settings.batch_size,

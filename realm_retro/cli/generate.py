@@ -60,6 +60,8 @@ def main(config: Config, workdir: epath.Path) -> None:
     retrieve = None
     if model.retrieves and settings.neighbours:
         retrieve = _live_retrieval(config, workdir, store, settings.neighbours)
+    else:
+        model, params = recipe.without_retrieval(model, params, mesh)
     tokenizer = store.tokenizer
     with progress.bar(total=None, unit="chunks", label="generate") as bar:
         made = generate.generate(

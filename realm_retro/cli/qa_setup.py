@@ -21,6 +21,7 @@ from realm_retro import config as config_lib
 from realm_retro.arrays import ShardedArray
 from realm_retro.cli import common, find_answers, towers
 from realm_retro.data.passages import PassageStore
+from realm_retro.parallel import hosts
 from realm_retro.parallel.mesh import MeshConfig, make_mesh
 from realm_retro.realm import finetune, model, question_sets, search
 from realm_retro.realm.answer import Answerer
@@ -31,6 +32,7 @@ from realm_retro.retrieval.index.base import MISSING_ID, Index
 from realm_retro.retrieval.index.exact import ExactIndex
 from realm_retro.retrieval.index.tuning import Trial
 from realm_retro.train import checkpoint
+from realm_retro.train.config import TrainConfig
 from realm_retro.train.recipe import Recipe
 from realm_retro.typing import Config, JsonDict, Params
 
@@ -55,9 +57,20 @@ def recipe(config: Config, workdir: epath.Path, mesh: Mesh) -> Recipe:
     answers = find_answers.find(workdir, questions, store)
     # A run that goes on has the frozen tower in its checkpoint, whatever became of
     # the weights that it started from.
-    weights = None if settings.train_documents else trained_weights(config, workdir)
+    weights = None
+    if not settings.train_documents:
+        # A whole copy on each device: every process reads the document tower's.
+        weights = trained_weights(config, workdir, make_mesh())
     weights = weights or start_weights(config, workdir, model.FINETUNING)
-    vectors, index = open_index(config, workdir, weights, settings.beam)
+    batch_size = _build(config, "train", TrainConfig).batch_size
+    vectors, index = open_index(
+        config,
+        workdir,
+        weights,
+        settings.beam,
+        hosts.main_only(common.say),
+        backend=search.backend_on(mesh, retrieval_config(config).index, batch_size),
+    )
     return finetune.make(
         config,
         store,
@@ -110,8 +123,15 @@ def start_weights(
     return Weights(shape, finetune.with_document(shape, params), None)
 
 
-def trained_weights(config: Config, workdir: epath.Path) -> Weights | None:
+def trained_weights(
+    config: Config, workdir: epath.Path, mesh: Mesh | None = None
+) -> Weights | None:
     """The newest checkpoint of the config's run; None where there is no run.
+
+    Args:
+      config: the run's.
+      workdir: holds the run.
+      mesh: where they shall lie; None for `mesh_of` the config.
 
     Raises:
       UserError: it is damaged, or of another model.
@@ -124,13 +144,19 @@ def trained_weights(config: Config, workdir: epath.Path) -> Weights | None:
     if "document" in parts:
         shape = dataclasses.replace(shape, tied=False)
     params, step = checkpoint.restore_params(
-        run_dir, lambda key: model.init(shape, key, parts), mesh_of(config)
+        run_dir, lambda key: model.init(shape, key, parts), mesh or mesh_of(config)
     )
     return Weights(shape, params, step)
 
 
 def open_index(
-    config: Config, workdir: epath.Path, weights: Weights, k: int, say: Say = common.say
+    config: Config,
+    workdir: epath.Path,
+    weights: Weights,
+    k: int,
+    say: Say = common.say,
+    *,
+    backend: str = "",
 ) -> tuple[ShardedArray, Index]:
     """Vectors of all passages by a document tower, made once, and an index over them.
 
@@ -140,6 +166,7 @@ def open_index(
       weights: with the document tower.
       k: how many passages will be asked for at most.
       say: takes lines about the work.
+      backend: see `search.build_index`; "" for that of the config.
 
     Raises:
       UserError: the passages are missing or do not fit the config.
@@ -149,7 +176,7 @@ def open_index(
         workdir,
         weights.params,
         index_folder(workdir, weights),
-        backend=retrieval_config(config).index,
+        backend=backend or retrieval_config(config).index,
         k=k,
         report=say,
     )

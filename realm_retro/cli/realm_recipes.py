@@ -54,7 +54,7 @@ def pretrain(config: Config, workdir: epath.Path, mesh: Mesh) -> Recipe:
             seed=config.seed,
             batch_size=train.batch_size,
         ),
-        index=_live_index(config, workdir, mesh, store, settings, train.keep),
+        index=_live_index(config, workdir, mesh, store, settings, train),
         mesh=mesh,
         weights=lambda: towers.start_params(config, workdir, model.PRETRAINING),
     )
@@ -66,10 +66,10 @@ def _live_index(
     mesh: Mesh,
     store: PassageStore,
     settings: PretrainConfig,
-    keep_checkpoints: int,
+    train: TrainConfig,
 ) -> LiveIndex:
     realm, refreshing = towers.model_config(config), refresh_index.settings(config)
-    say = common.say if hosts.is_main() else lambda line: None
+    say = hosts.main_only(common.say)
     on_host = settings.placement == "host"
     if refreshing.target_overlap and not on_host:
         raise UserError(
@@ -84,9 +84,11 @@ def _live_index(
         mode=settings.refresh,
         target=refresh_index.target(config, store),
         make_embedder=towers.passage_embedder(config, workdir),
-        build=pretrain_lib.index_builder(realm, settings, mesh, say),
+        build=pretrain_lib.index_builder(
+            realm, settings, mesh, say, batch_size=train.batch_size
+        ),
         depth=settings.depth if on_host else 0,
-        keep_checkpoints=keep_checkpoints,
+        keep_checkpoints=train.keep,
         report=say,
     )
 

@@ -25,10 +25,12 @@ from realm_retro.arrays import ShardedArray
 from realm_retro.data.passages import PassageStore
 from realm_retro.errors import UserError
 from realm_retro.interop import bert as bert_weights
+from realm_retro.parallel import hosts
 from realm_retro.parallel.mesh import make_mesh
 from realm_retro.realm import model, search
 from realm_retro.realm.config import RealmConfig
 from realm_retro.retrieval import refresh
+from realm_retro.retrieval.embed import EmbedConfig
 from realm_retro.retrieval.index.base import Index
 from realm_retro.retrieval.refresh import RefreshConfig
 from realm_retro.train import checkpoint
@@ -130,11 +132,13 @@ def passage_embedder(
     config: Config, workdir: epath.Path
 ) -> Callable[[Mapping[str, HostArray]], Callable[[int, int], HostArray]]:
     """What a refresh worker embeds with; see `search.passage_embedder`."""
-    settings = config_lib.section(config, "embed")
+    section = config_lib.section(config, "embed")
+    settings = config_lib.build(EmbedConfig, section, name="config.embed")
     return search.passage_embedder(
         model_config(config),
         open_store(config, workdir),
-        batch_tokens=settings.get("batch_tokens", 0),
+        batch_tokens=settings.batch_tokens,
+        mesh=settings.mesh(),
     )
 
 
@@ -174,16 +178,17 @@ def current_vectors(
     }
     report(f"index: {len(store):,} passages by the document tower, in {root}")
     # A finished one may lie on a read-only disk.
-    version = refresh.finished_version(root, 0, arrays, parents=parents)
-    if version is None:
-        version = refresh.refresh_inline(
-            root,
-            0,
-            arrays,
-            passage_embedder(config, workdir),
-            settings.target(len(store), parents),
-            report=lambda _: None,
-        )
+    with hosts.main_first(f"vectors in {root}"):
+        version = refresh.finished_version(root, 0, arrays, parents=parents)
+        if version is None:
+            version = refresh.refresh_inline(
+                root,
+                0,
+                arrays,
+                passage_embedder(config, workdir),
+                settings.target(len(store), parents),
+                report=lambda _: None,
+            )
     made = version.manifest.config
     dtype, shard_rows = made["dtype"], made["shard_rows"]
     if dtype != settings.dtype:

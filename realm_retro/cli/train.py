@@ -48,8 +48,12 @@ T = TypeVar("T")
 def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Trains one run to its end, or until SIGTERM."""
     hosts.initialise(detect=program.DISTRIBUTED.value)
-    mesh = make_mesh(_build(config, "mesh", MeshConfig))
-    values = config_lib.as_dict(config)
+    run(config, workdir, make_mesh(_build(config, "mesh", MeshConfig)))
+
+
+def run(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh) -> None:
+    """`main` on some devices, in a program that has begun already."""
+    values, say = config_lib.as_dict(config), hosts.main_only(common.say)
     outcome = loop.train(
         _recipe(config, workdir, mesh),
         workdir / "runs" / values["name"],
@@ -58,17 +62,17 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         mesh=mesh,
         seed=values["seed"],
         settings=decisive(config),
-        report=common.say,
+        report=say,
     )
     if not outcome.finished:
-        common.say(
+        say(
             f"train: stopped at step {outcome.step}, which is saved; run the same"
             " command again to go on"
         )
         # Not 0: a script must not go on to evaluate an unfinished run.
         sys.exit(SIGTERM_STATUS)
     if outcome.seconds:
-        common.say(
+        say(
             f"train: {outcome.step} steps in {format_seconds(outcome.seconds)},"
             f" {outcome.step / outcome.seconds:.2f} steps/s"
         )
@@ -82,6 +86,7 @@ def decisive(config: ml_collections.ConfigDict) -> JsonDict:
     """
     values = config_lib.as_dict(config)
     names = {
+        "retro": ("init",),
         "realm_pretrain": ("init", "pretrain"),
         "realm_ict": ("init", "ict"),
         "realm_finetune": ("init",),

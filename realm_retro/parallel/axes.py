@@ -18,6 +18,7 @@ Activations name their width ``embed_act``, not ``embed``: it stays whole, becau
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
@@ -88,6 +89,11 @@ def spec(
 def sharding(names: Names, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """`spec` on devices."""
     return NamedSharding(mesh, spec(names, shape, mesh))
+
+
+def row_shares(mesh: Mesh) -> int:
+    """How many parts the rows of a batch are cut in."""
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"])
 
 
 def constrain(x: Array, names: Names) -> Array:

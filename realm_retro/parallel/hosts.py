@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -77,10 +78,29 @@ def is_main() -> bool:
     return jax.process_index() == 0
 
 
+def main_only(report: Callable[[str], Any]) -> Callable[[str], Any]:
+    """`report` in the main process; what says nothing in the others."""
+    return report if is_main() else lambda line: None
+
+
 def barrier(name: str) -> None:
     """Waits until all processes have reached the point called `name`."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
+
+
+@contextlib.contextmanager
+def main_first(name: str) -> Iterator[None]:
+    """The block runs in process 0, then in the others, which find what it made.
+
+    Args:
+      name: as of `barrier`, of which this is one.
+    """
+    if not is_main():
+        barrier(name)
+    yield
+    if is_main():
+        barrier(name)
 
 
 def broadcast(value: PyTree) -> PyTree:
@@ -122,6 +142,22 @@ def to_global(value: HostArray, sharding: NamedSharding) -> Array:
     """
     rows = local_rows(sharding, value.shape)
     return jax.make_array_from_process_local_data(sharding, value[rows], value.shape)
+
+
+def readable(x: Array | HostArray) -> Array | HostArray:
+    """What `np.asarray` takes on every process, which all call this; maybe no copy."""
+    if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
+        return x
+    return multihost_utils.process_allgather(x, tiled=True)
+
+
+def share_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:
+    """Whether some row (first axis) lies on devices of several processes."""
+    owners: dict[int, set[int]] = {}
+    for device, index in sharding.devices_indices_map(shape).items():
+        first = index[0].indices(shape[0])[0] if index else 0
+        owners.setdefault(first, set()).add(device.process_index)
+    return any(len(processes) > 1 for processes in owners.values())
 
 
 def local_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> HostArray | slice:

@@ -69,6 +69,25 @@ def make_mesh(
     )
 
 
+def local_mesh(fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """The devices of this process alone, for work that processes do not share.
+
+    Args:
+      fsdp: see `MeshConfig`.
+      tensor: likewise; ``data`` takes what the two leave.
+
+    Raises:
+      UserError: the sizes do not divide the number of devices.
+    """
+    devices = jax.local_devices()
+    if len(devices) % (fsdp * tensor):
+        raise UserError(
+            f"config.embed: fsdp={fsdp} x tensor={tensor} does not divide the"
+            f" {len(devices)} devices of this process; lower them"
+        )
+    return make_mesh(MeshConfig(-1, fsdp, tensor), devices)
+
+
 def active(mesh: Mesh) -> contextlib.AbstractContextManager:
     """Inside a jitted function: makes `axes.constrain` lay out over `mesh`."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)

@@ -26,7 +26,7 @@ from realm_retro.data import loader
 from realm_retro.data.answer_store import AnswerStore
 from realm_retro.data.passages import PassageStore
 from realm_retro.data.questions import Question
-from realm_retro.parallel import axes
+from realm_retro.parallel import axes, hosts
 from realm_retro.parallel import mesh as meshes
 from realm_retro.realm import model, qa, search
 from realm_retro.realm.config import RealmConfig
@@ -188,12 +188,14 @@ def _live(
     index: Index,
     order: loader.Batches,
 ) -> Live:
-    def ask(step: int, params: PyTree) -> Array:
+    def ask(step: int, params: PyTree) -> Array | HostArray:
         rows = order[step]["question"]
         query, lengths = examples.query[rows], examples.query_len[rows]
-        return search.query_vectors(config, {"query": params["query"]}, query, lengths)
+        tower = {"query": params["query"]}
+        vectors = search.query_vectors(config, tower, query, lengths)
+        return hosts.readable(vectors)
 
-    def find(step: int, asked: Array) -> JsonDict:
+    def find(step: int, asked: Array | HostArray) -> JsonDict:
         return {"ids": index.search(np.asarray(asked), examples.beam).ids.tolist()}
 
     def batch(step: int, found: JsonDict) -> dict[str, HostArray]:

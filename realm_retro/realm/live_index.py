@@ -207,7 +207,7 @@ class LiveIndex:
     def _inline(self, step: int, params: Params) -> Version:
         """A version of these weights, made by the first process."""
         tower = search.tower_arrays(self._config, params)
-        arrays = {name: lockstep.readable(x) for name, x in tower.items()}
+        arrays = {name: hosts.readable(x) for name, x in tower.items()}
         made = None
         if hosts.is_main():
             made = refresh.refresh_inline(
@@ -258,7 +258,7 @@ class LiveIndex:
         """Hands a copy of the tower to a thread: the loop does not wait for it."""
         self._finish_publishing()
         tower = search.tower_arrays(self._config, params)
-        copied = {name: _copy(lockstep.readable(x)) for name, x in tower.items()}
+        copied = {name: _copy(hosts.readable(x)) for name, x in tower.items()}
         meta = {"schedule": self._schedule.as_meta()}
         self._schedule = self._schedule.published(step)
         if not hosts.is_main():

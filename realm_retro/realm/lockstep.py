@@ -12,11 +12,9 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-from jax.experimental import multihost_utils
 
 from realm_retro.parallel import hosts
 from realm_retro.train.recipe import LoopState
-from realm_retro.typing import Array, HostArray
 
 _WAIT, _PUBLISH, _DECIDED = range(3)
 
@@ -47,13 +45,6 @@ def decide(loop: LoopState, decision: int, action: Callable[[], None]) -> int:
         else:
             loop.should_stop()
     return message[1]
-
-
-def readable(x: Array) -> Array | HostArray:
-    """What `np.asarray` takes on every process, which all call this; maybe no copy."""
-    if x.is_fully_addressable or x.is_fully_replicated:
-        return x
-    return multihost_utils.process_allgather(x, tiled=True)
 
 
 def _tell(what: int, value: int = 0) -> tuple[int, int]:

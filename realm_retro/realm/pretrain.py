@@ -15,15 +15,9 @@ from realm_retro import artifacts
 from realm_retro.arrays import ShardedArray
 from realm_retro.data.passages import PassageStore
 from realm_retro.errors import UserError
+from realm_retro.parallel import hosts
 from realm_retro.parallel import mesh as meshes
-from realm_retro.realm import (
-    candidates,
-    device_search,
-    lockstep,
-    model,
-    objective,
-    search,
-)
+from realm_retro.realm import candidates, device_search, model, objective, search
 from realm_retro.realm.config import RealmConfig
 from realm_retro.realm.examples import COUNTS, MASKINGS, Examples, lost_share
 from realm_retro.realm.live_index import MODES, InUse, LiveIndex, Mode
@@ -173,6 +167,8 @@ def index_builder(
     settings: PretrainConfig,
     mesh: Mesh,
     report: Callable[[str], Any],
+    *,
+    batch_size: int,
 ) -> Callable[[ShardedArray], Any]:
     """What `LiveIndex` makes of vectors: an index of the host, or their copy there.
 
@@ -181,12 +177,19 @@ def index_builder(
       settings: which.
       mesh: the devices that train.
       report: takes a line about each index of the host that is not exact.
+      batch_size: queries of a step.
+
+    Raises:
+      UserError: see `search.backend_on`.
     """
+    backend = settings.index
+    if settings.placement == "host":
+        backend = search.backend_on(mesh, backend, batch_size)
 
     def on_host(vectors: ShardedArray) -> Index:
         return search.build_index(
             np.asarray(vectors[:], np.float32),
-            backend=settings.index,
+            backend=backend,
             k=_searched(config, settings),
             report=report,
         )
@@ -250,7 +253,7 @@ def _live(
         vectors = search.query_vectors(
             config, tower, batch["query"], batch["query_len"]
         )
-        index.probe = vectors = lockstep.readable(vectors)
+        index.probe = vectors = hosts.readable(vectors)
         return vectors, in_use
 
     def find(step: int, asked: tuple[Array | HostArray, InUse]) -> JsonDict:

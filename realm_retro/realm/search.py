@@ -20,8 +20,9 @@ from jax.sharding import Mesh
 from realm_retro.arrays import flatten, unflatten
 from realm_retro.data.passages import PassageStore
 from realm_retro.errors import UserError
-from realm_retro.parallel import axes
-from realm_retro.parallel.mesh import make_mesh
+from realm_retro.parallel import axes, hosts
+from realm_retro.parallel import mesh as meshes
+from realm_retro.parallel.mesh import local_mesh
 from realm_retro.realm import model, packing
 from realm_retro.realm.config import CLS_ID, SEP_ID, RealmConfig
 from realm_retro.retrieval import embed
@@ -105,7 +106,11 @@ def tokenise_questions(
 
 
 def passage_embedder(
-    config: RealmConfig, store: PassageStore, *, batch_tokens: int = 0
+    config: RealmConfig,
+    store: PassageStore,
+    *,
+    batch_tokens: int = 0,
+    mesh: Mesh | None = None,
 ) -> Callable[[Mapping[str, HostArray]], Callable[[int, int], HostArray]]:
     """What embeds passages with a document tower's parameters.
 
@@ -114,25 +119,31 @@ def passage_embedder(
       store: the passages.
       batch_tokens: of a batch on one device, padding included; 0 chooses by the kind
         of device.
+      mesh: the devices; where it is None those of this process, with a copy of the
+        weights on each.
 
     Returns:
       A function of parameters (as `tower_arrays` gives them) to a function of a range
       of rows [start, stop) to their vectors, float32 [stop − start, d].
     """
-    devices = jax.local_devices()
+    mesh = mesh or local_mesh()
+    shares = axes.row_shares(mesh)
     if not batch_tokens:
-        batch_tokens = 1024 if devices[0].platform == "cpu" else 65_536
-    mesh = make_mesh(devices=devices)
+        on_cpu = mesh.devices.flat[0].platform == "cpu"
+        batch_tokens = 1024 if on_cpu else 65_536
+    part = "query" if config.tied else "document"
+    boxed = jax.eval_shape(lambda: model.init(config, jax.random.key(0), (part,)))
+    shardings = axes.shardings(boxed, mesh)
 
     def with_parameters(arrays: Mapping[str, HostArray]):
-        params = jax.device_put(unflatten(arrays), axes.sharding((), (), mesh))
+        params = jax.device_put(unflatten(arrays), shardings)
         embedder = Embedder(
             apply=functools.partial(_apply, config, params, mesh),
             tokenizer=store.tokenizer,
             dim=config.vector_dim,
             max_tokens=config.document_tokens,
-            batch_tokens=batch_tokens * len(devices),
-            row_multiple=len(devices),
+            batch_tokens=batch_tokens * shares,
+            row_multiple=shares,
             fingerprint="",
         )
 
@@ -216,6 +227,33 @@ def build_index(
     return exact
 
 
+def backend_on(mesh: Mesh, backend: str, batch_size: int) -> str:
+    """The `backend` of an index that every process builds for itself.
+
+    Two of ScaNN's builds differ a little. That does no harm while each process looks up
+    the rows of the batch that its own devices hold; but where one row lies on several
+    processes, it has to find the same for all of them.
+
+    Args:
+      mesh: the devices that train.
+      backend: see `build_index`; ``auto`` becomes ``exact`` there.
+      batch_size: queries of a step.
+
+    Raises:
+      UserError: `backend` is ``scann`` there.
+    """
+    shape = (batch_size,)
+    if not hosts.share_rows(axes.sharding(("batch",), shape, mesh), shape):
+        return backend
+    if backend == "scann":
+        raise UserError(
+            "index=scann: with this config.mesh and config.train.batch_size several"
+            " hosts hold the same examples, and their ScaNN indexes would not agree;"
+            " set index to exact, or keep config.mesh.tensor within a host"
+        )
+    return "exact"
+
+
 def _sample(exact: ExactIndex, k: int) -> tuple[HostArray, HostArray]:
     """Passages in the place of queries, float32 [q, d], and their ids, int64 [q]."""
     trials = min(_MAX_TRIALS, _TRIAL_BYTES // (8 * k * exact.dim))
@@ -228,16 +266,19 @@ def _apply(
     config: RealmConfig, params: Params, mesh: Mesh, ids: HostArray, lengths: HostArray
 ) -> Array:
     rows = axes.sharding(("batch",), lengths.shape, mesh)
-    return _document_vectors(config, params, *jax.device_put((ids, lengths), rows))
+    return _document_vectors(
+        config, mesh, params, *jax.device_put((ids, lengths), rows)
+    )
 
 
-@functools.partial(jax.jit, static_argnums=0)
+@functools.partial(jax.jit, static_argnums=(0, 1))
 def _document_vectors(
     config: RealmConfig,
+    mesh: Mesh,
     params: Params,
     ids: Int[Array, "rows length"],
     lengths: Int[Array, " rows"],
 ) -> Float[Array, "rows d"]:
     mask = jnp.arange(ids.shape[1])[None, :] < lengths[:, None]
-    with jax.default_matmul_precision("float32"):
+    with jax.default_matmul_precision("float32"), meshes.active(mesh):
         return model.embed_documents(config, params, ids, mask)

@@ -19,8 +19,10 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import tokenizers
+from jax.sharding import Mesh
 
 from realm_retro.errors import UserError
+from realm_retro.parallel.mesh import local_mesh
 from realm_retro.typing import Array, Bool, Float, HostArray, JsonDict
 
 # Batches on their way to or through the devices before the oldest is waited for: enough
@@ -37,11 +39,16 @@ class EmbedConfig:
       shard_size: rows of a shard file; what is lost when a run is cut off.
       batch_tokens: tokens of a batch on one device, padding included; 0 takes 1,024
         on CPU (its working set then stays in the cache) and 65,536 elsewhere.
+      fsdp: pieces that each weight of the encoder is stored in, on as many of this
+        process's devices: for encoders that do not fit on one.
+      tensor: pieces that each layer's work is cut into, likewise.
     """
 
     dtype: str = "float32"
     shard_size: int = 4096
     batch_tokens: int = 0
+    fsdp: int = 1
+    tensor: int = 1
 
     def __post_init__(self) -> None:
         if self.dtype not in ("float32", "float16"):
@@ -50,6 +57,18 @@ class EmbedConfig:
             raise ValueError(f"shard_size={self.shard_size} must be at least 1")
         if self.batch_tokens < 0:
             raise ValueError(f"batch_tokens={self.batch_tokens} must not be negative")
+        if self.fsdp < 1 or self.tensor < 1:
+            raise ValueError(
+                f"fsdp={self.fsdp} and tensor={self.tensor} must be at least 1"
+            )
+
+    def mesh(self) -> Mesh:
+        """The devices of this process, as the encoder lies on them.
+
+        Raises:
+          UserError: `fsdp` and `tensor` do not divide their number.
+        """
+        return local_mesh(self.fsdp, self.tensor)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +97,7 @@ class Embedder:
       tokenizer: see `wordpiece.load_tokenizer`.
       dim: size of a vector (d).
       max_tokens: longer texts are cut to this, special tokens included.
-      batch_tokens: tokens of a batch on all devices, padding included.
+      batch_tokens: tokens of a batch, padding included.
       row_multiple: rows of a batch are a multiple of this (devices that share it).
       fingerprint: see `TextEncoder`.
     """

@@ -19,9 +19,12 @@ from realm_retro.nn import losses
 from realm_retro.parallel import axes
 from realm_retro.parallel import mesh as meshes
 from realm_retro.retrieval.neighbours import NeighbourTable
-from realm_retro.retro import batches, flops
+from realm_retro.retro import batches, flops, retrofit
 from realm_retro.retro.config import RetroConfig
 from realm_retro.retro.model import Retro
+from realm_retro.retro.retrofit import InitConfig
+from realm_retro.train import checkpoint
+from realm_retro.train import state as states
 from realm_retro.train.config import TrainConfig
 from realm_retro.train.recipe import Recipe
 from realm_retro.typing import Array, Batch, Config, HostArray, PyTree
@@ -42,14 +45,14 @@ def make(config: Config, workdir: epath.PathLike, mesh: Mesh) -> Recipe:
     """The recipe of a config, on the chunks and neighbours of a workdir.
 
     Args:
-      config: sections ``model`` and ``train``, and ``seed``.
+      config: sections ``model``, ``train`` and ``init``, and ``seed``.
       workdir: holds ``chunks/`` and, where the model retrieves, ``neighbours/``.
       mesh: the devices that will train.
 
     Raises:
       UserError: an artefact is missing or does not fit the config.
     """
-    model = model_config(config)
+    model, init = model_config(config), init_config(config)
     train = config_lib.build(TrainConfig, config.train, name="config.train")
     store = open_store(model, workdir)
     table = open_neighbours(model, store, workdir, k=train.neighbours)
@@ -80,7 +83,7 @@ def make(config: Config, workdir: epath.PathLike, mesh: Mesh) -> Recipe:
     return Recipe(
         description=(
             f"{'RETRO' if model.retrieves else 'plain decoder'} with"
-            f" {count_params(model) / 1e6:.1f}M parameters, {len(source)} windows of"
+            f" {_sizes(model, init)}, {len(source)} windows of"
             f" {window} tokens, {train.steps} steps = {epochs:.1f} epochs,"
             f" {mesh.size} device{'s' if mesh.size > 1 else ''}"
         ),
@@ -90,16 +93,79 @@ def make(config: Config, workdir: epath.PathLike, mesh: Mesh) -> Recipe:
         batch_spec=batch_spec(model),
         tokens_per_step=tokens,
         flops_per_step=flops.training_flops(
-            model, tokens=tokens, window=window, k=train.neighbours
+            model,
+            tokens=tokens,
+            window=window,
+            k=train.neighbours,
+            frozen=init.frozen,
         ),
         fingerprint=artifacts.fingerprint_of(parents),
         examples=examples,
+        trainable=retrofit.trainable if init.frozen else None,
+        weights=((lambda: start_params(config, workdir, mesh)) if init.run else None),
     )
 
 
 def model_config(config: Config) -> RetroConfig:
     """The model's shape from a config's section ``model``."""
     return config_lib.build(RetroConfig, config.model, name="config.model")
+
+
+def init_config(config: Config) -> InitConfig:
+    """Where the weights come from, section ``init``.
+
+    Raises:
+      UserError: it does not fit the model.
+    """
+    section = config_lib.section(config, "init")
+    init = config_lib.build(InitConfig, section, name="config.init")
+    retrofit.check(init, model_config(config))
+    return init
+
+
+def start_params(config: Config, workdir: epath.PathLike, mesh: Mesh) -> PyTree:
+    """A decoder's weights of ``config.init.run`` and new ones for all else, on `mesh`.
+
+    Raises:
+      UserError: there is no such run, or its decoder has other sizes.
+    """
+    model, name = model_config(config), init_config(config).run
+    run_dir = epath.Path(workdir) / "runs" / name
+    try:
+        decoder, _ = checkpoint.restore_params(
+            run_dir, init_fn(retrofit.plain(model)), mesh
+        )
+    except UserError as error:
+        raise UserError(
+            f"config.init.run={name!r} must be a trained plain decoder (the same"
+            f" --config with :plain) of these sizes: {error}"
+        ) from None
+    new = init_fn(model)
+    key = states.key_for(config.seed, states.INIT)
+    # Cut and put together on the devices: none of them holds all of it.
+    extend = jax.jit(
+        lambda decoder: retrofit.extend(model, decoder, axes.unbox(new(key))),
+        out_shardings=states.shardings_of(states.abstract_params(new, mesh)),
+    )
+    return extend(decoder)
+
+
+def without_retrieval(
+    model: RetroConfig, params: PyTree, mesh: Mesh
+) -> tuple[RetroConfig, PyTree]:
+    """RETRO[OFF] as the plain decoder that it is: the model's shape, weights on `mesh`.
+
+    With a frozen decoder it gives what that gave, bit for bit; see `retrofit`.
+    """
+    if not model.retrieves:
+        return model, params
+    plain = retrofit.plain(model)
+    abstract = states.abstract_params(init_fn(plain), mesh)
+    cut = jax.jit(
+        lambda params: retrofit.decoder_of(model, params),
+        out_shardings=states.shardings_of(abstract),
+    )
+    return plain, cut(params)
 
 
 def open_store(model: RetroConfig, workdir: epath.PathLike) -> ChunkStore:
@@ -199,3 +265,11 @@ def count_params(model: RetroConfig) -> int:
     """All parameters, embeddings included."""
     shapes = jax.eval_shape(init_fn(model), jax.random.key(0))
     return sum(leaf.size for leaf in jax.tree.leaves(shapes))
+
+
+def _sizes(model: RetroConfig, init: InitConfig) -> str:
+    total = f"{count_params(model) / 1e6:.1f}M parameters"
+    if not init.frozen:
+        return total
+    trained = count_params(model) - count_params(retrofit.plain(model))
+    return f"{total}, of which {trained / 1e6:.1f}M are trained"

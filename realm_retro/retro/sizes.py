@@ -93,7 +93,8 @@ def variant(config: ml_collections.ConfigDict, which: str) -> ml_collections.Con
     Args:
       config: of a RETRO.
       which: ``retro`` leaves it as it is; ``plain`` makes it the plain decoder of the
-        same size, a run of its own in the same workdir.
+        same size, ``retrofit`` trains retrieval onto the frozen weights of that
+        decoder; each is a run of its own in the same workdir.
 
     Raises:
       UserError: another word.
@@ -107,6 +108,11 @@ def variant(config: ml_collections.ConfigDict, which: str) -> ml_collections.Con
             "generate.neighbours": 0,
         }
         config.update_from_flattened_dict(changes)
+    elif which == "retrofit":
+        config.name = "retrofit"
+        config.init = ml_collections.ConfigDict({"run": "plain", "frozen": True})
     elif which != "retro":
-        raise UserError(f"--config=…:{which}: after the colon comes retro or plain")
+        raise UserError(
+            f"--config=…:{which}: after the colon comes retro, plain or retrofit"
+        )
     return config

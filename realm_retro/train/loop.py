@@ -211,24 +211,21 @@ def _latched(reached: Callable[[int], bool]) -> Callable[[], bool]:
 
 
 def _open(run_dir: epath.PathLike, settings: JsonDict, data: str) -> Stage:
-    # The main process goes first, so that the others find its request and compare.
-    if not hosts.is_main():
-        hosts.barrier("run folder")
-    try:
-        stage = Stage.open(
-            run_dir,
-            kind=KIND,
-            format_version=FORMAT_VERSION,
-            config=settings,
-            parents={"data": data},
-            made_by=MADE_BY,
-            claim=hosts.is_main(),
-        )
-    except UserError as error:
-        raise UserError(f"{error}, or give this run its own --config.name") from None
-    if hosts.is_main():
-        hosts.barrier("run folder")
-    return stage
+    # The others find the request of the main process, and compare.
+    with hosts.main_first("run folder"):
+        try:
+            return Stage.open(
+                run_dir,
+                kind=KIND,
+                format_version=FORMAT_VERSION,
+                config=settings,
+                parents={"data": data},
+                made_by=MADE_BY,
+                claim=hosts.is_main(),
+            )
+        except UserError as error:
+            again = "or give this run its own --config.name"
+            raise UserError(f"{error}, {again}") from None
 
 
 @contextlib.contextmanager

@@ -1,105 +1,182 @@
-"""Two real processes on loopback train as one: same losses, one log, one checkpoint."""
+"""Two real processes on loopback train as one, through the command itself.
 
-import json
+What they log is compared with one process on one device, which trains here.
+"""
+
 import os
-import pathlib
-import signal
-import socket
+import shutil
 import subprocess
-import sys
 import time
 
 import numpy as np
 import pytest
-import toy_training as toy
+import toy_pretraining
+import toy_processes
+import toy_systems
+import toy_training
 
-from realm_retro.parallel import hosts
-from realm_retro.train.bad_steps import FILE as BAD_STEPS
-from realm_retro.train.checkpoint import FOLDER
-from realm_retro.train.metrics import FILE
+pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
-pytestmark = pytest.mark.multiprocess
-
-GRACE = 30.0  # seconds from SIGTERM; clusters give as many, or more
-
-
-def start(run_dir, *words, processes, pause=0.0):
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    common = {
-        **os.environ,
-        "JAX_NUM_CPU_DEVICES": str(4 // processes),
-        hosts.COORDINATOR: f"localhost:{port}",
-        hosts.NUM_PROCESSES: str(processes),
-    }
-    command = [sys.executable, toy.__file__, str(run_dir), str(pause), "2", "2", "1"]
-    command += words
-    return [
-        subprocess.Popen(
-            command,
-            env={**common, hosts.PROCESS_ID: str(index)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for index in range(processes)
-    ]
+DEVICES = 4
+# Between them: rows of a batch on one process and on both, weights and layers cut
+# within a process and across the two.
+MESHES = {
+    "retro": (2, 1, 2),
+    "retrofit": (1, 4, 1),
+    "realm_host": (1, 2, 2),
+    "realm_device": (2, 2, 1),
+    "qa": (1, 1, 4),
+}
 
 
-def finish(processes):
-    outputs = [process.communicate()[0] for process in processes]
-    return [process.returncode for process in processes], outputs
-
-
-def losses(run_dir):
-    lines = pathlib.Path(run_dir / FILE).read_text().splitlines()
-    records = [json.loads(line) for line in lines]
-    assert [record["step"] for record in records] == list(range(1, 21))
-    return np.array([record["loss"] for record in records])
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles(tmp_path_factory):
+    with toy_training.quick_compiles(tmp_path_factory):
+        yield
 
 
 @pytest.fixture(scope="module")
-def single(tmp_path_factory):
-    run_dir = tmp_path_factory.mktemp("single")
-    assert finish(start(run_dir, processes=1))[0] == [0]
-    return losses(run_dir)
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("systems")
 
 
-def test_two_processes_train_as_one(tmp_path, single):
-    status, outputs = finish(start(tmp_path, processes=2))
-    assert status == [0, 0]
-    assert "step 20/20" in outputs[0]
-    assert "step" not in outputs[1]  # only the main process talks
-    np.testing.assert_allclose(losses(tmp_path), single, atol=1e-5, rtol=0)
+@pytest.fixture(scope="module")
+def alone(folder):
+    """What a system logs on one device; each trains once."""
+    found = {}
+
+    def records(system):
+        if system not in found:
+            options = {"name": f"{system}_alone", "steps": 30}
+            found[system] = toy_systems.trained(folder, system, (1, 1, 1), **options)
+        return found[system]
+
+    return records
 
 
-@pytest.mark.parametrize("told", [(1,), (0,), (0, 1)])
-def test_sigterm_stops_all_at_the_same_step(tmp_path, single, told):
-    processes = start(tmp_path, processes=2, pause=0.3)
-    while not (tmp_path / FOLDER / "5").exists():
-        assert processes[0].poll() is None
-        time.sleep(0.01)
-    began = time.monotonic()
-    for index in told:
-        processes[index].send_signal(signal.SIGTERM)
-    status, outputs = finish(processes)
-    assert status == [143, 143]
-    assert time.monotonic() - began < GRACE
-    newest = max(int(path.name) for path in (tmp_path / FOLDER).iterdir())
-    assert 5 < newest < 20
-    for output in outputs:
-        assert output.splitlines()[-1] == f"ended after {newest}"
-    # The number of processes may change between starts.
-    assert finish(start(tmp_path, processes=1))[0] == [0]
-    np.testing.assert_allclose(losses(tmp_path), single, atol=1e-5, rtol=0)
+@pytest.fixture
+def start(folder):
+    with toy_processes.launcher(folder) as start:
+        yield start
 
 
-@pytest.mark.slow
-def test_a_bad_step_stops_all_and_is_noted_once(tmp_path):
-    status, outputs = finish(start(tmp_path, "bad=8", processes=2))
-    assert status == [2, 2]
-    for output in outputs:
-        assert "step 8: loss is nan" in output
-    notes = (tmp_path / BAD_STEPS).read_text().splitlines()
-    assert [json.loads(note)["step"] for note in notes] == [8]
-    assert {path.name for path in (tmp_path / FOLDER).iterdir()} == {"5"}
+def assert_same(found, wanted):
+    assert [record["step"] for record in found] == list(range(1, len(wanted) + 1))
+    losses = [[record["loss"] for record in records] for records in (found, wanted)]
+    np.testing.assert_allclose(*losses, atol=1e-5, rtol=0)
+    for one, other in zip(found, wanted, strict=True):
+        # Which index was asked, what was found in it, which examples there were: means
+        # over the rows of all processes.
+        for name in ("index_step", "own_hits", "copies", "cut_spans", "beam"):
+            assert one.get(name) == other.get(name), (one["step"], name)
+
+
+@pytest.mark.parametrize("system", toy_systems.NAMES)
+def test_two_processes_train_as_one(folder, alone, start, system):
+    workdir = toy_systems.workdir_of(folder, system)
+    config = toy_systems.make_config(
+        folder, system, name=f"{system}_two", steps=30, mesh=MESHES[system]
+    )
+    outputs = start(config, workdir, processes=2, devices=DEVICES).finish()
+    assert "step 30/30" in outputs[0]
+    assert outputs[1] == "", "only the main process talks"
+    found = toy_pretraining.records(config, workdir)
+    assert_same(found, alone(system))
+    if system.startswith("realm"):
+        assert {record["index_step"] for record in found} == {0, 6, 12, 18, 24}
+
+
+@pytest.mark.parametrize("system", ["retro", "realm_host", "qa"])
+def test_a_run_goes_on_with_other_processes_and_another_mesh(
+    folder, alone, start, system
+):
+    """Two processes save, one goes on and saves, two go on to the end."""
+    workdir, name = toy_systems.workdir_of(folder, system), f"{system}_chain"
+    saved = 0
+    for processes, mesh in ((2, (2, 2, 1)), (1, (1, 2, 2)), (2, (1, 4, 1))):
+        config = toy_systems.make_config(
+            folder,
+            system,
+            name=name,
+            steps=30,
+            mesh=mesh,
+            train={"checkpoint_every": 1},  # slow enough to be met on its way
+        )
+        running = start(config, workdir, processes=processes, devices=DEVICES)
+        if saved < 12:
+            before = saved
+            running.until(
+                lambda config=config, before=before: (
+                    toy_processes.newest_checkpoint(config, workdir) >= before + 6
+                )
+            )
+            running.terminate()
+            outputs = running.finish(143)
+            saved = toy_processes.newest_checkpoint(config, workdir)
+            assert f"stopped at step {saved}" in outputs[0]
+            assert before + 6 <= saved < 30
+        else:
+            outputs = running.finish()
+            before = saved
+        assert ("going on from step" in outputs[0]) == (before > 0)
+    assert_same(toy_pretraining.records(config, workdir), alone(system))
+
+
+def test_jobs_of_the_launchers(folder, alone, tmp_path):
+    """Two background jobs, as on two hosts of a pod: started, stopped, started."""
+    shutil.copytree(toy_processes.ROOT / "launch", tmp_path / "a host" / "launch")
+    script = tmp_path / "a host" / "launch" / "job.sh"
+    workdir = toy_systems.workdir_of(folder, "retro")
+    config = toy_systems.make_config(
+        folder,
+        "retro",
+        name="jobs",
+        steps=30,
+        mesh=MESHES["retro"],
+        train={"checkpoint_every": 1},
+    )
+    words = toy_processes.command(folder, config, workdir)
+
+    def job(*arguments):
+        done = subprocess.run(
+            [str(script), *arguments],
+            env={**os.environ, "PYTHONPATH": str(toy_processes.ROOT)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def start():
+        every = toy_processes.environments(folder, processes=2, devices=DEVICES)
+        for index, variables in enumerate(every):
+            assignments = [f"{name}={value}" for name, value in variables.items()]
+            said = job("start", f"train-{index}", "env", *assignments, *words)
+            assert ": running (" in said
+
+    def ended(status):
+        deadline = time.monotonic() + toy_processes.PATIENCE
+        while "running" in (
+            states := job("state", "train-0") + job("state", "train-1")
+        ):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert states.count(f" {status} (") == 2, job("logs", "train-0")
+
+    try:
+        start()
+        while toy_processes.newest_checkpoint(config, workdir) < 3:
+            assert ": running (" in job("state", "train-0"), job("logs", "train-0")
+            time.sleep(0.05)
+        assert "job train-1: stopped 143 (" in job("stop", "train-1", "120")
+        ended(143)
+        saved = toy_processes.newest_checkpoint(config, workdir)
+        assert 3 <= saved < 30
+        start()
+        ended(0)
+        assert f"going on from step {saved}" in job("logs", "train-0")
+    finally:
+        job("stop", "train-0", "0")
+        job("stop", "train-1", "0")
+    assert_same(toy_pretraining.records(config, workdir), alone("retro"))

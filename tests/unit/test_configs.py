@@ -33,6 +33,7 @@ from realm_retro.retro import recipe
 from realm_retro.retro.config import RetroConfig
 from realm_retro.retro.evaluate import EvaluateConfig
 from realm_retro.retro.generate import GenerateConfig
+from realm_retro.retro.retrofit import InitConfig as RetroInitConfig
 from realm_retro.text.tokenizer import TokenizerConfig
 from realm_retro.train.config import TrainConfig
 from realm_retro.train.optim import OptimizerConfig
@@ -54,6 +55,7 @@ RETRO = {
     "index": IndexConfig,
     "neighbours": NeighboursConfig,
     "model": RetroConfig,
+    "init": RetroInitConfig,
     "evaluate": EvaluateConfig,
     "generate": GenerateConfig,
 }
@@ -94,7 +96,7 @@ def variants():
     for path in FILES:
         yield pytest.param(path, (), id=name(path))
         realm = "task" in module_of(path).get_config()
-        words = ("ict", "finetune", "zero_shot") if realm else ("plain",)
+        words = ("ict", "finetune", "zero_shot") if realm else ("plain", "retrofit")
         if inspect.signature(module_of(path).get_config).parameters:
             for word in words:
                 yield pytest.param(path, (word,), id=f"{name(path)}:{word}")

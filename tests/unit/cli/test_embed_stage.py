@@ -177,9 +177,20 @@ def test_batches_may_change_between_runs(workdir, encoder, capsys):
     assert "finished already" in capsys.readouterr().out
 
 
+def test_an_encoder_in_pieces_gives_the_same(workdir, encoder):
+    config = config_of(encoder, **{"embed.fsdp": 2, "embed.tensor": 2})
+    embed_cli.main(config, workdir)
+    store = ChunkStore.open(workdir / "chunks")
+    found = Embeddings.open(workdir / "embeddings")
+    wanted = encoders.build_encoder(config).encode(store.texts(np.arange(len(store))))
+    np.testing.assert_allclose(found.vectors[:], wanted, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"embed.tensor": 0}, "config.embed: fsdp=1 and tensor=0 must be at least 1"),
+        ({"embed.fsdp": 3}, "config.embed: fsdp=3 x tensor=1 does not divide the 8"),
         ({"embed.dtype": "float23"}, "config.embed: dtype='float23' must be"),
         ({"encoder.max_tokens": 41}, "max_tokens=41 is above the 40 positions"),
         ({"encoder.path": "/no/such/folder"}, "path=/no/such/folder: is not a folder"),

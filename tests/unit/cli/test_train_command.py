@@ -80,7 +80,12 @@ def test_each_task_has_its_sections():
         *("task", "model", "init", "pretrain")
     }
     assert decisive("realm_ict", **sections).keys() == {"task", "model", "init", "ict"}
-    assert decisive("retro", **sections).keys() == {"task", "model"}
+    assert decisive("retro", **sections).keys() == {"task", "model", "init"}
+
+
+def test_a_run_of_before_there_was_a_start_goes_on():
+    config = ml_collections.ConfigDict({"name": "a", "model": {"width": 4}})
+    assert train.decisive(config) == {"model": {"width": 4}}
 
 
 def test_a_resume_with_another_depth_is_refused(tmp_path):

@@ -3,7 +3,7 @@ import pytest
 from jax.sharding import AxisType
 
 from realm_retro.errors import UserError
-from realm_retro.parallel.mesh import MeshConfig, active, make_mesh
+from realm_retro.parallel.mesh import MeshConfig, active, local_mesh, make_mesh
 
 
 @pytest.mark.parametrize(
@@ -24,6 +24,13 @@ def test_sizes(sizes, expected):
 
 def test_default_is_all_devices_on_data():
     assert make_mesh().devices.shape == (8, 1, 1)
+
+
+def test_the_devices_of_one_process():
+    assert local_mesh().devices.shape == (8, 1, 1)
+    assert local_mesh(2, 2).devices.shape == (2, 2, 2)
+    with pytest.raises(UserError, match=r"embed: fsdp=3 x tensor=1 does not divide"):
+        local_mesh(3)
 
 
 def test_some_devices():

@@ -8,6 +8,7 @@ import tiny_qa
 from realm_examples import random_realm
 
 from realm_retro.errors import UserError
+from realm_retro.parallel.mesh import local_mesh
 from realm_retro.realm import model, packing, reader, search
 from realm_retro.realm.answer import Answerer
 from realm_retro.realm.config import RealmConfig
@@ -37,6 +38,12 @@ def vectors(store):
 @pytest.fixture(scope="module")
 def answerer(store, vectors):
     return make(store, vectors)
+
+
+def test_a_tower_in_pieces_embeds_the_same(store, vectors):
+    make = search.passage_embedder(CONFIG, store, mesh=local_mesh(2, 2))
+    arrays = {k: np.asarray(v) for k, v in search.tower_arrays(CONFIG, PARAMS).items()}
+    np.testing.assert_allclose(make(arrays)(0, len(store)), vectors, atol=1e-5)
 
 
 def make(store, vectors, params=PARAMS, **settings):

@@ -30,7 +30,8 @@ def built(rows, **settings):
     lines = []
     mesh = make_mesh(devices=jax.devices()[:2])
     settings = PretrainConfig(**settings)
-    return pretrain.index_builder(CONFIG, settings, mesh, lines.append)(rows), lines
+    build = pretrain.index_builder(CONFIG, settings, mesh, lines.append, batch_size=4)
+    return build(rows), lines
 
 
 @pytest.mark.skipif(scann_problem() is not None, reason=str(scann_problem()))

@@ -6,7 +6,7 @@ import pytest
 from realm_retro.parallel.mesh import MeshConfig, make_mesh
 from realm_retro.retrieval.index import sharded
 
-MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (2, 2, 2)]
+MESHES = [(1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2)]
 
 
 def mesh_of(shape):
