@@ -1,4 +1,4 @@
-"""Two real processes that are told to stop, or meet a bad step, end at the same step."""
+"""Two real processes that are told to stop, or meet a bad step, end at one step."""
 
 import json
 import os
