@@ -164,13 +164,19 @@ class Stage:
                 temporary.unlink(missing_ok=True)
             raise
 
-    def adopt(self, name: str) -> None:
-        """Records a file that a library wrote under its final name by itself."""
+    def adopt(self, name: str, *, checksum: str = "") -> None:
+        """Records a file that a library wrote under its final name by itself.
+
+        Args:
+          name: of the file.
+          checksum: its `sha256`, where whoever wrote it has computed it.
+        """
         _check_name(name, self.directory)
         path = self.directory / name
         _fsync(path)
+        checksum = checksum or sha256(path)
         _write_json(
-            self._record(name), {"bytes": path.stat().length, "sha256": sha256(path)}
+            self._record(name), {"bytes": path.stat().length, "sha256": checksum}
         )
 
     def note(self, name: str, value: JsonDict) -> None:
