@@ -132,7 +132,7 @@ def minhash_for(threshold: float, miss: float, seed: int = 0) -> MinHash:
     """
     for rows in range(MAX_HASHES, 0, -1):
         agree = threshold**rows  # that two texts agree on one band
-        if agree == 0:  # too small for a float
+        if agree < 1e-300:  # more bands than a float can tell
             continue
         bands = 1 if agree == 1 else math.ceil(math.log(miss) / math.log1p(-agree))
         if rows * bands <= MAX_HASHES:

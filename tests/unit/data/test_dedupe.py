@@ -31,23 +31,28 @@ def slow_marks(texts, evaluation, config):
     """The definition: every pair is compared."""
     marks = {}
     sets = [runs(text, config.words) for text in texts]
+    words = [words_of(text) or text for text in texts]
     for second in range(evaluation, len(texts)):
+        found = []
         for first in range(second):
             union = sets[first] | sets[second]
             similarity = len(sets[first] & sets[second]) / max(1, len(union))
-            same = texts[first] == texts[second]
+            same = words[first] == words[second]
             if not same and similarity < config.threshold:
                 continue
-            reason = dedupe.EXACT if same else dedupe.NEAR
+            reason = dedupe.EXACT if texts[first] == texts[second] else dedupe.NEAR
             reason = dedupe.EVALUATION if first < evaluation else reason
             mark = (reason, first - evaluation, 1.0 if same else similarity)
-            number = second - evaluation
-            marks[number] = min(mark, marks.get(number, mark))
+            found.append((0 if same else 1, first if same else 0, mark))
+        if found:
+            marks[second - evaluation] = min(found)[-1]
     return marks
 
 
 def documents_of(texts):
     return [Document(id=f"d{i}", title="", text=t) for i, t in enumerate(texts)]
+
+
 
 
 def found_marks(texts, evaluation, config):
@@ -60,22 +65,13 @@ def found_marks(texts, evaluation, config):
 TEXT = st.lists(st.sampled_from(["a", "b", "c", "A", "…"]), max_size=9).map(" ".join)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=50)
 @given(texts=st.lists(TEXT, min_size=1, max_size=12), evaluation=st.integers(0, 4))
 def test_marks_are_those_of_the_definition(texts, evaluation):
     config = DedupeConfig(**SURE)
     evaluation = min(evaluation, len(texts) - 1)
-    found = found_marks(texts, evaluation, config)
     slow = slow_marks(texts, evaluation, config)
-    # Which documents go, and for what reason; of several others, one that is alike.
-    assert found.keys() == slow.keys()
-    for number, (reason, other, similarity) in found.items():
-        assert (reason == dedupe.EVALUATION) == (slow[number][0] == dedupe.EVALUATION)
-        one, two = (runs(texts[n + evaluation], 2) for n in (other, number))
-        same = texts[other + evaluation] == texts[number + evaluation]
-        assert other < number
-        assert same or similarity == len(one & two) / len(one | two) >= 0.6
-        assert reason != dedupe.EXACT or same
+    assert found_marks(texts, evaluation, config) == slow
 
 
 def article(rng, words=200):
@@ -137,7 +133,7 @@ def build(directory, path, **wanted):
 
 def lines_of(directory):
     files = sorted(pathlib.Path(directory).glob("dropped-*.jsonl"))
-    return [json.loads(line) for file in files for line in file.open()]
+    return [json.loads(r) for file in files for r in file.read_text().splitlines()]
 
 
 def test_a_corpus_without_duplicates(tmp_path, sources):
@@ -246,7 +242,7 @@ def test_an_evaluation_set_is_its_content_not_its_place(tmp_path, sources):
         ({"threshold": 0.0}, "threshold=0.0 must be above 0"),
         ({"threshold": 1.5}, "threshold=1.5 must be above 0, at most 1"),
         ({"miss": 0.0}, "miss=0.0 must be between 0 and 1"),
-        ({"threshold": 0.05}, r"takes more than 256 hashes .* raise config\.dedupe\.thr"),
+        ({"threshold": 0.01}, r"takes more than 256 hashes .* raise config\.dedupe\.thr"),
         ({"against": "e.jsonl"}, r"set config\.dedupe\.enabled=True"),
     ],
 )
