@@ -38,7 +38,7 @@ Fields: TypeAlias = Sequence[str]  # of a Document
 
 def read(element: Any, config: CorpusConfig, dedupe: DedupeConfig) -> Iterator[Any]:
     """Numbered documents of a part, and what its reader reported."""
-    from apache_beam.pvalue import TaggedOutput
+    from apache_beam.pvalue import TaggedOutput  # pyright: ignore[reportMissingImports]
 
     number, part = element
     report = Report()
@@ -115,7 +115,7 @@ def by_shard(element: tuple[int, Any], starts: Sequence[int]) -> Iterator[Any]:
 
 def sketches_of(element: tuple[int, Fields], dedupe: DedupeConfig) -> Iterator[Any]:
     """What is compared of a document: its words, its groups, its shingles."""
-    from apache_beam.pvalue import TaggedOutput
+    from apache_beam.pvalue import TaggedOutput  # pyright: ignore[reportMissingImports]
 
     number, values = element
     sketch = dedupe_lib.sketch(Document(*values).text, dedupe)
@@ -134,7 +134,7 @@ def marks_of_same_words(
 
 def pairs_of(element: tuple[int, Iterable[tuple[int, bytes]]]) -> Iterator[Any]:
     """Pairs of a group, and how many are left out."""
-    from apache_beam.pvalue import TaggedOutput
+    from apache_beam.pvalue import TaggedOutput  # pyright: ignore[reportMissingImports]
 
     pairs, left_out = near_duplicates.pairs_of(element[1])
     yield from pairs
@@ -213,10 +213,19 @@ def _in_order(
 
 
 def write_result(
-    _: int, folder: str, shards: list[JsonDict], report: JsonDict, **counts: int
+    _: int,
+    folder: str,
+    shards: list[JsonDict],
+    report: JsonDict,
+    pairs_compared: int = 0,
+    pairs_left_out: int = 0,
 ) -> None:
     """Writes what the launcher wants to know, to `RESULT`."""
-    counts["evaluation_documents"] = report.pop("evaluation_documents")
+    counts = {
+        "evaluation_documents": report.pop("evaluation_documents"),
+        "pairs_compared": pairs_compared,
+        "pairs_left_out": pairs_left_out,
+    }
     result = {"shards": shards, "report": report, "counts": counts}
     path = epath.Path(folder) / f"{RESULT}.{uuid.uuid4().hex}"
     path.write_text(json.dumps(result))

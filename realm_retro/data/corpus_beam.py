@@ -19,6 +19,7 @@ import dataclasses
 import functools
 import io
 import json
+import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
@@ -79,9 +80,9 @@ def build(
         parts |= dict(enumerate(sets, start=-len(sets)))
     folder = dedupe_writer.scratch(stage)
     name = LOCAL.get(runner.lower(), runner)
+    pipeline = beam.Pipeline(runner=name, options=options)
+    _construct(pipeline, parts, config, dedupe, folder)
     with _readable_errors():
-        pipeline = beam.Pipeline(runner=name, options=options)
-        _construct(pipeline, parts, config, dedupe, folder)
         pipeline.run().wait_until_finish()
     result = json.loads((folder / beam_steps.RESULT).read_text())
     _take(result["report"], report)
@@ -98,16 +99,24 @@ def build(
 
 def _beam() -> Any:
     try:
-        import apache_beam
+        # It warns of each cloud whose libraries are not there.
+        logging.disable(logging.WARNING)
+        import apache_beam  # pyright: ignore[reportMissingImports] (an extra)
     except ImportError:
         raise UserError(f"Apache Beam is not installed; run: {INSTALL}") from None
+    finally:
+        logging.disable(logging.NOTSET)
     return apache_beam
 
 
 def _options(runner: str, flags: Sequence[str]) -> Any:
     """Beam's options; flags that it does not know itself are for the runner."""
-    from apache_beam.options.pipeline_options import PipelineOptions
-    from apache_beam.runners import runner as runners
+    from apache_beam.options.pipeline_options import (  # pyright: ignore[reportMissingImports]
+        PipelineOptions,
+    )
+    from apache_beam.runners import (  # pyright: ignore[reportMissingImports]
+        runner as runners,
+    )
 
     said = io.StringIO()
     try:
@@ -129,6 +138,10 @@ def _options(runner: str, flags: Sequence[str]) -> Any:
 @contextlib.contextmanager
 def _readable_errors() -> Iterator[None]:
     """Raises a worker's error of the user or of the disk as what it was."""
+    logger = logging.getLogger("apache_beam")
+    level = logger.level
+    # What it would log of an exception is in the exception that it raises.
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     except (UserError, OSError):
@@ -139,6 +152,8 @@ def _readable_errors() -> Iterator[None]:
         if found := _DISK_ERROR.search(str(error)):
             raise OSError(int(found[1]), _WHERE.sub("", found[2])) from error
         raise
+    finally:
+        logger.setLevel(level)
 
 
 def _construct(

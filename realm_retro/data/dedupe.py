@@ -2,11 +2,11 @@
 
 `config.dedupe` decides; `dedupe_local` does it in one process, `corpus_beam` in as many
 as there are, both by the rules that stand here, and both write the same files
-(`dedupe_writer`). Documents are numbered in the corpus's order, those of evaluation sets
-below 0. A document is dropped if one of a lower number
+(`dedupe_writer`). Documents are numbered in the corpus's order, those of evaluation
+sets below 0. A document is dropped if one of a lower number
 
-* has the same words; then it is dropped for the sake of the first of these: `EVALUATION`
-  if that is of an evaluation set, `EXACT` if it has the same text, `NEAR` otherwise;
+* has the same words; then it goes for the sake of the first of these: `EVALUATION` if
+  that is of an evaluation set, `EXACT` if it has the same text, `NEAR` otherwise;
 * or is as similar as `DedupeConfig.threshold`: `EVALUATION` or `NEAR`;
 
 whether that one is kept or not: so no two that were compared and found similar are both

@@ -53,8 +53,6 @@ def documents_of(texts):
     return [Document(id=f"d{i}", title="", text=t) for i, t in enumerate(texts)]
 
 
-
-
 def found_marks(texts, evaluation, config):
     with tempfile.TemporaryDirectory() as folder:
         return dedupe_local.find(
@@ -105,7 +103,9 @@ def test_long_documents_with_the_papers_settings():
 
 
 def write_jsonl(path, texts):
-    rows = [json.dumps({"text": text, "title": f"t{i}"}) for i, text in enumerate(texts)]
+    rows = [
+        json.dumps({"text": text, "title": f"t{i}"}) for i, text in enumerate(texts)
+    ]
     path.write_text("\n".join(rows))
     return str(path)
 
@@ -139,7 +139,9 @@ def lines_of(directory):
 def test_a_corpus_without_duplicates(tmp_path, sources):
     corpus = build(tmp_path / "c", **sources)
     assert [corpus[i].id for i in range(len(corpus))] == ["a.jsonl:1", "a.jsonl:2"]
-    dropped = [(d["id"], d["reason"], d["of"], d["jaccard"]) for d in lines_of(tmp_path / "c")]
+    dropped = [
+        (d["id"], d["reason"], d["of"], d["jaccard"]) for d in lines_of(tmp_path / "c")
+    ]
     assert dropped == [
         ("a.jsonl:3", "exact", "a.jsonl:1", 1.0),
         ("a.jsonl:4", "near", "a.jsonl:1", 1.0),
@@ -164,7 +166,9 @@ def test_a_corpus_without_duplicates(tmp_path, sources):
 def test_what_was_dropped_is_said(tmp_path, sources):
     config = CorpusConfig(source="text_files", path=sources.pop("path"))
     wanted = DedupeConfig(**SURE, **sources)
-    report = datasets.build(config, corpus_lib.open_stage(config, tmp_path / "c"), wanted)
+    report = datasets.build(
+        config, corpus_lib.open_stage(config, tmp_path / "c"), wanted
+    )
     said = "\n".join(report.lines())
     assert "1 documents were dropped: another has the same text" in said
     assert "2 documents were dropped: another is nearly the same" in said
@@ -199,9 +203,10 @@ def test_leftovers_of_a_killed_run_do_no_harm(tmp_path, sources, monkeypatch):
         raise KeyboardInterrupt
 
     fresh = build(tmp_path / "fresh", **sources).manifest
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(records, "write_metadata", killed)
-        build(tmp_path / "c", **sources)
+        with pytest.raises(KeyboardInterrupt):
+            build(tmp_path / "c", **sources)
     (tmp_path / "c" / "dropped-00007.jsonl").write_text("older")
     again = build(tmp_path / "c", **sources).manifest
     assert again.fingerprint == fresh.fingerprint
@@ -242,7 +247,10 @@ def test_an_evaluation_set_is_its_content_not_its_place(tmp_path, sources):
         ({"threshold": 0.0}, "threshold=0.0 must be above 0"),
         ({"threshold": 1.5}, "threshold=1.5 must be above 0, at most 1"),
         ({"miss": 0.0}, "miss=0.0 must be between 0 and 1"),
-        ({"threshold": 0.01}, r"takes more than 256 hashes .* raise config\.dedupe\.thr"),
+        (
+            {"threshold": 0.01},
+            r"takes more than 256 hashes .* raise config\.dedupe\.thr",
+        ),
         ({"against": "e.jsonl"}, r"set config\.dedupe\.enabled=True"),
     ],
 )
@@ -257,7 +265,10 @@ def test_bad_settings_are_one_line(wanted, said):
         (None, r"^config\.dedupe\.against: '.*eval\.jsonl' matches no file"),
         ("", r"config\.dedupe\.against \(.*eval\.jsonl\) holds no text"),
         ('{"text": " "}', r"config\.dedupe\.against \(.*eval\.jsonl\) holds no text"),
-        ('{"question": "q"}', r"eval\.jsonl:1: has no field 'text'.* config\.dedupe\.field"),
+        (
+            '{"question": "q"}',
+            r"eval\.jsonl:1: has no field 'text'.* config\.dedupe\.field",
+        ),
     ],
 )
 def test_a_wrong_evaluation_set_is_one_line(tmp_path, sources, content, said):

@@ -33,7 +33,7 @@ def similarity(one, other, length):
 
 
 def test_what_does_not_count_of_a_text():
-    assert words_of("Don't PANIC,\n42 times (é)!") == "don t panic 42 times é".split()
+    assert words_of("Don't PANIC,\n42 (é)!") == ["don", "t", "panic", "42", "é"]
     assert words_of(unicodedata.normalize("NFD", "Élan")) == words_of("ÉLAN")
     assert words_of("東京is 大") == ["東", "京", "is", "大"]
     assert words_of("snake_case") == ["snake", "case"]
@@ -55,7 +55,7 @@ def test_a_threshold_is_met_exactly():
 
 
 def test_short_texts_are_one_shingle_and_empty_ones_none():
-    assert len(shingles("to be or not to be".split())) == 1
+    assert len(shingles(["to", "be", "or", "not", "to", "be"])) == 1
     assert jaccard(shingles(["a", "b"]), shingles(["a", "b", "c"])) == 0
     assert len(shingles([])) == 0
     assert jaccard(shingles([]), shingles([])) == 0
@@ -109,10 +109,10 @@ def test_groups_miss_as_many_pairs_as_they_say(expected):
     rng = np.random.default_rng(1)
     family = MinHash(4, 6)
     missed = 0
-    for _ in range(2000):
+    for _ in range(1000):
         one, other = sets_of(rng, expected)
         missed += not np.any(family.keys(one) == family.keys(other))
-    assert missed / 2000 == pytest.approx(family.miss_probability(expected), abs=0.04)
+    assert missed / 1000 == pytest.approx(family.miss_probability(expected), abs=0.05)
 
 
 @pytest.mark.parametrize("threshold", [0.3, 0.5, 0.8, 0.95, 1.0])
