@@ -187,15 +187,21 @@ class Stage:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
 
-    def adopt(self, name: str) -> None:
-        """Records a file that a library wrote under its final name by itself."""
+    def adopt(self, name: str, *, checksum: str = "") -> None:
+        """Records a file that a library wrote under its final name by itself.
+
+        Args:
+          name: of the file.
+          checksum: its `sha256`, where whoever wrote it has computed it.
+        """
         _check_name(name, self.directory)
         _fsync(self.directory / name)
-        self._note_file(name)
+        self._note_file(name, checksum)
 
-    def _note_file(self, name: str) -> None:
+    def _note_file(self, name: str, checksum: str = "") -> None:
         path = self.directory / name
-        record = {"bytes": path.stat().length, "sha256": sha256(path)}
+        checksum = checksum or sha256(path)
+        record = {"bytes": path.stat().length, "sha256": checksum}
         self._write_progress(self._record(name), record)
 
     def note(self, name: str, value: JsonDict) -> None:

@@ -36,6 +36,7 @@ def get_config(which: str = "pretrain") -> ml_collections.ConfigDict:
                 "title_field": "title",
                 "id_field": "",
             },
+            "dedupe": {"enabled": False, "against": ""},
             "encoder": {"name": "minilm", "path": "", "max_tokens": 128},
             "passages": {"length": 64, "title_length": 12, "validation_fraction": 0.0},
             "spans": {"tagger": "default", "path": ""},

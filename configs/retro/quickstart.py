@@ -29,6 +29,7 @@ def get_config(which: str = "retro") -> ml_collections.ConfigDict:
             "id_field": "",
         }
     )
+    config.dedupe = ml_collections.ConfigDict({"enabled": False, "against": ""})
     config.tokenizer = ml_collections.ConfigDict({"vocab_size": 4096, "model": ""})
     config.chunks = ml_collections.ConfigDict(
         {"length": 64, "validation_fraction": 0.02, "train_fraction": 1.0}

@@ -30,6 +30,7 @@ def get_config(which: str = "retro") -> ml_collections.ConfigDict:
                 "title_field": "title",
                 "id_field": "id",
             },
+            "dedupe": {"enabled": False, "against": ""},
             "tokenizer": {"vocab_size": 4096},
             # A part is trained on; all but the held-out articles are retrieved from.
             "chunks": {

@@ -1,7 +1,8 @@
 r"""Reads a corpus and cuts it: into chunks for RETRO, into passages for REALM.
 
 Reads   the source that config.corpus names.
-Writes  WORKDIR/corpus     the documents, a TFDS dataset in array_record
+Writes  WORKDIR/corpus     the documents, a TFDS dataset in array_record; without
+                           duplicates and evaluation sets if config.dedupe says so
         WORKDIR/chunks     a tokenizer trained on them, and chunks of
                            config.chunks.length tokens
         WORKDIR/passages   if the config has a section `passages`: passages of at most
@@ -13,7 +14,8 @@ Example:
       --workdir=/tmp/retro --config.corpus.source=text_files \
       --config.corpus.path='~/notes'
 
-An interrupted run resumes at the first missing shard of chunks or passages.
+An interrupted run resumes at the first missing shard of chunks or passages. A corpus
+that prepare_beam wrote is taken as it is.
 """
 
 from __future__ import annotations
@@ -30,9 +32,11 @@ from realm_retro import config as config_lib
 from realm_retro.cli import common
 from realm_retro.data import chunk_store, chunk_writer, passage_writer
 from realm_retro.data import corpus as corpus_lib
+from realm_retro.data import dedupe as dedupe_lib
 from realm_retro.data import passages as passages_lib
 from realm_retro.data.chunk_writer import ChunksConfig
-from realm_retro.data.corpus import CorpusConfig
+from realm_retro.data.corpus import CorpusConfig, Report
+from realm_retro.data.dedupe import DedupeConfig
 from realm_retro.data.passages import PassageConfig
 from realm_retro.text.tokenizer import TokenizerConfig
 from realm_retro.text.wordpiece import load_tokenizer
@@ -44,12 +48,13 @@ T = TypeVar("T")
 def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Runs the stage; see the module docstring."""
     corpus = _build(config, CorpusConfig, "corpus")
+    dedupe = _build(config, DedupeConfig, "dedupe")
     tokenizer = _build(config, TokenizerConfig, "tokenizer")
     chunks = _build(config, ChunksConfig, "chunks")
     passages = _build(config, PassageConfig, "passages")
     # Before the long work starts: a tokenizer that is missing is an early error.
     wordpieces = _wordpieces(config) if "passages" in config else None
-    manifest = _write_corpus(corpus, workdir / "corpus")
+    manifest = _write_corpus(corpus, dedupe, workdir / "corpus")
     if "chunks" in config or not wordpieces:
         _write_chunks(chunks, tokenizer, manifest, workdir / "chunks")
     if wordpieces:
@@ -61,19 +66,32 @@ def _build(config: ml_collections.ConfigDict, cls: type[T], name: str) -> T:
     return config_lib.build(cls, section, name=f"config.{name}")
 
 
-def _write_corpus(config: CorpusConfig, directory: epath.Path) -> artifacts.Manifest:
-    started = time.monotonic()
-    stage = corpus_lib.open_stage(config, directory)
+def _write_corpus(
+    config: CorpusConfig, dedupe: DedupeConfig, directory: epath.Path
+) -> artifacts.Manifest:
+    stage = corpus_lib.open_stage(config, directory, dedupe=dedupe_lib.settings(dedupe))
     if stage.finished:
-        manifest = corpus_lib.load_manifest(directory, verify=False)
-        count = manifest.meta["documents"]
-        common.say(f"corpus: finished already, {count:,} documents in {directory}")
-        return manifest
+        return corpus_finished(directory)
     from realm_retro.data import datasets  # TFDS takes a while to import
 
+    started = time.monotonic()
     with stage.released_on_error():
-        report = datasets.build(config, stage)
-    seconds = time.monotonic() - started
+        report = datasets.build(config, stage, dedupe)
+    return commit_corpus(stage, report, time.monotonic() - started)
+
+
+def corpus_finished(directory: epath.Path) -> artifacts.Manifest:
+    """Says that a corpus is there, and reads its manifest."""
+    manifest = corpus_lib.load_manifest(directory, verify=False)
+    count = manifest.meta["documents"]
+    common.say(f"corpus: finished already, {count:,} documents in {directory}")
+    return manifest
+
+
+def commit_corpus(
+    stage: artifacts.Stage, report: Report, seconds: float
+) -> artifacts.Manifest:
+    """Commits a corpus that was written in that time, and says what it holds."""
     manifest = stage.commit({**report.as_meta(), "seconds": round(seconds, 2)})
     common.say(
         f"corpus: {report.documents:,} documents, {report.text_bytes / 1e6:,.1f} MB of"

@@ -23,7 +23,13 @@ MADE_BY = "realm_retro.cli.prepare"
 load_manifest = artifacts.loader(KIND, FORMAT_VERSION, MADE_BY)
 
 TFDS_PREFIX = "tfds:"
-_NAMED = 10  # places that a report names before it only counts
+NAMED = 10  # places that a report names before it only counts
+_DEDUPE_SAID = {
+    "exact": "{} documents were dropped: another has the same text",
+    "near": "{} documents were dropped: another is nearly the same",
+    "evaluation": "{} documents were dropped: config.dedupe.against has them",
+    "pairs_left_out": "{} pairs were not compared, for too many documents are alike",
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,6 +125,8 @@ class Report:
       invalid_utf8_in: where the first of these are.
       ignored_files: files of other kinds in the folders searched.
       cut_files: plain text files cut into several documents for their size.
+      dedupe: counts of what ``config.dedupe`` did, see `dedupe_writer.publish`; empty
+        where it is off.
       attribution: whose text it is and under which licence.
     """
 
@@ -131,12 +139,13 @@ class Report:
     invalid_utf8_in: list[str] = dataclasses.field(default_factory=list)
     ignored_files: int = 0
     cut_files: int = 0
+    dedupe: JsonDict = dataclasses.field(default_factory=dict)
     attribution: str = ""
 
     def invalid(self, place: str) -> None:
         """Counts one document with invalid UTF-8."""
         self.invalid_utf8 += 1
-        if len(self.invalid_utf8_in) < _NAMED:
+        if len(self.invalid_utf8_in) < NAMED:
             self.invalid_utf8_in.append(place)
 
     def keep(self, documents: Iterable[Document]) -> Iterator[Document]:
@@ -158,6 +167,7 @@ class Report:
             (self.untitled, "{} documents have no title"),
             (self.ignored_files, "{} files of other kinds were ignored"),
             (self.cut_files, "{} large text files were cut into several documents"),
+            *((self.dedupe.get(key, 0), text) for key, text in _DEDUPE_SAID.items()),
         ]
         lines = [text.format(f"{count:,}") for count, text in said if count]
         if self.invalid_utf8:
@@ -201,11 +211,25 @@ def sample(corpus: Corpus, *, seed: int, max_bytes: int) -> Iterator[str]:
             return
 
 
-def open_stage(config: CorpusConfig, directory: epath.PathLike) -> artifacts.Stage:
-    """The stage that `datasets.build` writes; `Stage.finished` tells whether it ran."""
+def open_stage(
+    config: CorpusConfig, directory: epath.PathLike, *, dedupe: JsonDict | None = None
+) -> artifacts.Stage:
+    """The stage that `datasets.build` writes; `Stage.finished` tells whether it ran.
+
+    Args:
+      config: the source.
+      directory: of the artefact.
+      dedupe: from `realm_retro.data.dedupe.settings`.
+
+    Raises:
+      UserError: the directory holds a corpus of other settings.
+    """
     settings = dataclasses.asdict(config)
+    # Corpora from before there was a choice are the same.
     if not config.articles:
-        del settings["articles"]  # corpora from before there was a choice are the same
+        del settings["articles"]
+    if dedupe:
+        settings["dedupe"] = dedupe
     return artifacts.Stage.open(
         directory,
         kind=KIND,

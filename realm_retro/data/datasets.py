@@ -10,6 +10,7 @@ from __future__ import annotations
 import array
 import dataclasses
 import hashlib
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from realm_retro import artifacts, progress
-from realm_retro.data import records, tfds_source
+from realm_retro.data import dedupe_local, dedupe_writer, records, tfds_source
 from realm_retro.data.corpus import (
     TFDS_PREFIX,
     Corpus,
@@ -27,10 +28,20 @@ from realm_retro.data.corpus import (
     Report,
     load_manifest,
 )
+from realm_retro.data.dedupe import DedupeConfig
 from realm_retro.data.records import Records
-from realm_retro.data.text_files import decode, document_from, text_files
+from realm_retro.data.text_files import (
+    decode,
+    document_from,
+    find,
+    read_file,
+    text_files,
+)
 from realm_retro.data.vital_articles import ATTRIBUTION, FILES, vital_articles
 from realm_retro.errors import UserError
+
+_KEEP_ALL = DedupeConfig()
+_PART_ROWS = 1 << 14  # of a TFDS dataset, that one worker reads at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,16 +68,21 @@ def open_corpus(directory: epath.PathLike, *, verify: bool = True) -> ArrayRecor
     return ArrayRecordCorpus(manifest, Records.open(manifest.directory))
 
 
-def build(config: CorpusConfig, stage: artifacts.Stage) -> Report:
+def build(
+    config: CorpusConfig, stage: artifacts.Stage, dedupe: DedupeConfig = _KEEP_ALL
+) -> Report:
     """Streams the configured source into a corpus, but does not commit it.
 
     Memory holds one document at a time and eight bytes for each, however large the
-    corpus. The same source gives the same bytes in any process.
+    corpus; for what dropping duplicates takes see `dedupe_local`. The same source gives
+    the same bytes in any process.
 
     Raises:
       UserError: the source cannot be read, holds no text, or an id twice.
     """
     stage.restart()
+    records.clear(stage.directory)
+    target = dedupe_writer.scratch(stage) if dedupe.enabled else stage.directory
     report = Report()
     hashes = array.array("Q")
 
@@ -75,16 +91,32 @@ def build(config: CorpusConfig, stage: artifacts.Stage) -> Report:
             hashes.append(_hash(document.id))
             yield document
 
-    if not records.write(stage.directory, kept()):
-        raise UserError(
-            f"config.corpus ({config.source}, {' '.join(config.paths) or 'no path'})"
-            f" holds no text ({report.empty} empty documents)"
-        )
-    corpus = Records.open(stage.directory)
+    if not records.write(target, kept()):
+        raise no_text(config, report)
+    corpus = Records.open(target)
     _refuse_duplicates(np.frombuffer(hashes, np.uint64), corpus)
+    if dedupe.enabled:
+        dedupe_local.write(corpus, dedupe, stage, target, report)
+        return report
     for name in records.file_names(stage.directory):
         stage.adopt(name)
     return report
+
+
+def no_text(config: CorpusConfig, report: Report) -> UserError:
+    """The error of a source without text."""
+    return UserError(
+        f"config.corpus ({config.source}, {' '.join(config.paths) or 'no path'})"
+        f" holds no text ({report.empty} empty documents)"
+    )
+
+
+def same_id(one: str, other: str, identity: str) -> UserError:
+    """The error of two documents with one id, by their origins."""
+    return UserError(
+        f"documents {one} and {other} have the same id {identity!r}; remove one, or set"
+        " config.corpus.id_field to a field that is unique (or to nothing)"
+    )
 
 
 def documents(config: CorpusConfig, report: Report) -> Iterator[Document]:
@@ -106,27 +138,90 @@ def tfds_documents(config: CorpusConfig, report: Report) -> Iterator[Document]:
     Raises:
       UserError: the dataset cannot be had, or lacks a field or the split.
     """
-    name, _, split = config.source.removeprefix(TFDS_PREFIX).partition(":")
-    if not name or not split:
-        raise UserError(
-            f"config.corpus.source is {config.source!r}; name dataset and split, e.g."
-            f" {TFDS_PREFIX}wiki40b/en:train"
-        )
-    source = tfds_source.open_split(
+    source = _tfds_split(config)
+    with progress.bar(total=len(source), unit="documents", label="corpus") as bar:
+        for document in _tfds_rows(source, range(len(source)), config, report):
+            bar.update()
+            yield document
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """A part of a source, which one worker reads; all of it by default.
+
+    Attributes:
+      name: of a file, see `text_files.find`.
+      path: of the file.
+      rows: of a TFDS dataset, first and end.
+    """
+
+    name: str = ""
+    path: str = ""
+    rows: tuple[int, int] = (0, 0)
+
+
+def parts_of(config: CorpusConfig, report: Report) -> list[Part]:
+    """The parts of a source, in the order of its documents.
+
+    Raises:
+      UserError: see `documents`.
+    """
+    if config.source == "vital_articles":
+        return [Part()]
+    if config.source == "text_files":
+        files = find(config.paths, report)
+        return [Part(name=name, path=str(path)) for name, path in files.items()]
+    size = len(_tfds_split(config))
+    starts = range(0, size, _PART_ROWS)
+    return [Part(rows=(start, min(start + _PART_ROWS, size))) for start in starts]
+
+
+def documents_of(
+    part: Part, config: CorpusConfig, report: Report
+) -> Iterator[Document]:
+    """The documents of one part, empty ones included.
+
+    Raises:
+      UserError: see `documents`.
+    """
+    if config.source == "vital_articles":
+        return vital_articles(config.language, report, config.articles)
+    if config.source == "text_files":
+        return read_file(part.name, pathlib.Path(part.path), config, report)
+    return _tfds_rows(_tfds_split(config), range(*part.rows), config, report)
+
+
+def _tfds_split(config: CorpusConfig) -> Any:
+    name, split = _tfds_name(config)
+    return tfds_source.open_split(
         name,
         split,
         data_dir=config.data_dir,
         setting="config.corpus.source",
         dir_setting="config.corpus.data_dir",
     )
-    with progress.bar(total=len(source), unit="documents", label="corpus") as bar:
-        for i in range(len(source)):
-            origin = f"{name}:{split}[{i}]"
-            row = {k: _text(v, origin, report) for k, v in source[i].items()}
-            bar.update()
-            yield document_from(
-                row, default_id=origin, origin=origin, config=config, report=report
-            )
+
+
+def _tfds_name(config: CorpusConfig) -> tuple[str, str]:
+    name, _, split = config.source.removeprefix(TFDS_PREFIX).partition(":")
+    if not name or not split:
+        raise UserError(
+            f"config.corpus.source is {config.source!r}; name dataset and split, e.g."
+            f" {TFDS_PREFIX}wiki40b/en:train"
+        )
+    return name, split
+
+
+def _tfds_rows(
+    source: Any, rows: range, config: CorpusConfig, report: Report
+) -> Iterator[Document]:
+    name, split = _tfds_name(config)
+    for i in rows:
+        origin = f"{name}:{split}[{i}]"
+        row = {k: _text(v, origin, report) for k, v in source[i].items()}
+        yield document_from(
+            row, default_id=origin, origin=origin, config=config, report=report
+        )
 
 
 class VitalArticles(tfds.core.GeneratorBasedBuilder):
@@ -171,8 +266,4 @@ def _refuse_duplicates(hashes: np.ndarray, corpus: Corpus) -> None:
         one, other = corpus[int(first)], corpus[int(second)]
         # Equal hashes are not quite equal ids.
         if one.id == other.id:
-            raise UserError(
-                f"documents {one.origin} and {other.origin} have the same id"
-                f" {one.id!r}; remove one, or set config.corpus.id_field to a field"
-                " that is unique (or to nothing)"
-            )
+            raise same_id(one.origin, other.origin, one.id)

@@ -24,6 +24,7 @@ from tensorflow_datasets.core import example_serializer
 from realm_retro.data.corpus import FORMAT_VERSION, Document
 
 SPLIT = "train"  # TFDS wants a name; our own splits are made of chunks
+METADATA = ("dataset_info.json", "features.json")
 
 _NAME = "documents"
 _SHARD_DOCUMENTS = 1 << 14
@@ -45,24 +46,45 @@ def write(directory: epath.Path, documents: Iterable[Document]) -> int:
     Raises:
       OSError: the disk is full.
     """
-    for leftover in directory.glob(f"{_NAME}-{SPLIT}.*"):
-        leftover.unlink()
+    clear(directory)
     lengths: list[int] = []
     rest = iter(documents)
     for first in rest:
-        path = directory / f"{_NAME}-{SPLIT}.array_record-{len(lengths):05d}"
+        path = directory / shard_name(len(lengths))
         shard = itertools.chain([first], itertools.islice(rest, _SHARD_DOCUMENTS - 1))
-        lengths.append(_write_shard(path, shard))
+        lengths.append(write_shard(path, shard))
     if lengths:
-        _write_metadata(directory, lengths)
+        write_metadata(directory, lengths)
     return sum(lengths)
+
+
+def clear(directory: epath.Path) -> None:
+    """Deletes the shards that an interrupted `write` left behind."""
+    for leftover in directory.glob(f"{_NAME}-{SPLIT}.*"):
+        leftover.unlink()
+
+
+def shard_name(shard: int) -> str:
+    """The name of a file of documents."""
+    return f"{_NAME}-{SPLIT}.array_record-{shard:05d}"
+
+
+def shard_of(row: int) -> int:
+    """Which file the document of a row is in."""
+    return row // _SHARD_DOCUMENTS
+
+
+def rows_of(shard: int, documents: int) -> range:
+    """Rows of a file's documents, of so many in all files."""
+    start = shard * _SHARD_DOCUMENTS
+    return range(start, min(start + _SHARD_DOCUMENTS, documents))
 
 
 def file_names(directory: epath.Path) -> list[str]:
     """The files of a written dataset."""
     with _quiet():
         split = tfds.builder_from_directory(directory).info.splits[SPLIT]
-    return ["dataset_info.json", "features.json", *sorted(split.filenames)]
+    return [*METADATA, *sorted(split.filenames)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +108,12 @@ class Records:
         return Document(**{name: record[name].decode() for name in _FIELDS})
 
 
-def _write_shard(path: epath.Path, documents: Iterable[Document]) -> int:
+def write_shard(path: epath.Path, documents: Iterable[Document]) -> int:
+    """Writes one file of documents in their order; returns their number.
+
+    Raises:
+      OSError: the disk is full.
+    """
     length = 0
     with _full_disk_is_an_os_error(path):
         writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
@@ -120,7 +147,13 @@ def _full_disk_is_an_os_error(path: epath.Path) -> Iterator[None]:
         raise OSError(errno.ENOSPC, "no space", str(path)) from error
 
 
-def _write_metadata(directory: epath.Path, lengths: list[int]) -> None:
+def write_metadata(directory: epath.Path, lengths: list[int]) -> None:
+    """Makes a folder of written shards a TFDS dataset.
+
+    Args:
+      directory: of the shards ``shard_name(0)`` and so on.
+      lengths: documents of each.
+    """
     template = tfds.core.ShardedFileTemplate(
         data_dir=directory,
         template="{DATASET}-{SPLIT}.{FILEFORMAT}-{SHARD_INDEX}",

@@ -14,7 +14,7 @@ import lzma
 import pathlib
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
 from realm_retro import progress
@@ -38,18 +38,40 @@ def text_files(config: CorpusConfig, report: Report) -> Iterator[Document]:
       UserError: nothing matches, or a file is damaged, forbidden or not as the config
         says.
     """
-    files = _find(config.paths, report)
+    files = find(config.paths, report)
     total = sum(path.stat().st_size for path in files.values())
     with progress.bar(total=total, unit="B", label="corpus") as bar:
         for name, path in files.items():
-            with _readable(path), path.open("rb") as raw:
-                opener = _OPENERS.get(path.suffix)
-                stream: Any = opener(raw) if opener else raw
-                before = 0
-                for document in _documents(stream, name, path, config, report):
-                    yield document
-                    bar.update(raw.tell() - before)
-                    before = raw.tell()
+            yield from read_file(name, path, config, report, advance=bar.update)
+
+
+def read_file(
+    name: str,
+    path: pathlib.Path,
+    config: CorpusConfig,
+    report: Report,
+    advance: Callable[[int], Any] = lambda size: None,
+) -> Iterator[Document]:
+    """Yields the documents of one file.
+
+    Args:
+      name: of the file among those of `find`; ids begin with it.
+      path: where it is.
+      config: the fields of its records.
+      report: takes what is wrong with it.
+      advance: called with the bytes of the file that were read meanwhile.
+
+    Raises:
+      UserError: it is damaged, forbidden or not as the config says.
+    """
+    with _readable(path), path.open("rb") as raw:
+        opener = _OPENERS.get(path.suffix)
+        stream: Any = opener(raw) if opener else raw
+        before = 0
+        for document in _documents(stream, name, path, config, report):
+            yield document
+            advance(raw.tell() - before)
+            before = raw.tell()
 
 
 def document_from(
@@ -99,8 +121,16 @@ def decode(data: bytes, origin: str, report: Report) -> str:
         return data.decode(errors="replace")
 
 
-def _find(patterns: tuple[str, ...], report: Report) -> dict[str, pathlib.Path]:
-    """Files by document name, sorted; in a single folder names are relative to it."""
+def find(patterns: tuple[str, ...], report: Report) -> dict[str, pathlib.Path]:
+    """Files by document name, sorted; in a single folder names are relative to it.
+
+    Args:
+      patterns: folders, files or glob patterns.
+      report: takes how many files of other kinds there are.
+
+    Raises:
+      UserError: one of the patterns matches nothing that can be read.
+    """
     files: dict[str, pathlib.Path] = {}
     for pattern in patterns:
         root = pathlib.Path(pattern).expanduser()

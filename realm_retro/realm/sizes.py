@@ -28,6 +28,7 @@ def base() -> Config:
             "task": "realm_pretrain",
             "seed": 0,
             "corpus": {"source": "tfds:wiki40b/en:train"},
+            "dedupe": {"enabled": False, "against": ""},
             "encoder": {"name": "minilm", "path": "", "max_tokens": 288},
             "passages": {"length": 254, "title_length": 31},
             "spans": {"tagger": "default", "path": ""},

@@ -33,6 +33,8 @@ def paper(name: str) -> Config:
             "name": f"retro_{name}",
             "seed": 0,
             "corpus": {"source": "tfds:wiki40b/en:train"},
+            # The paper drops what is near its evaluation sets: name yours, and enable.
+            "dedupe": {"enabled": False, "against": "", "threshold": 0.8, "words": 13},
             "tokenizer": {"vocab_size": 128_000},
             "chunks": {"length": 64, "validation_fraction": 0.001},
             "encoder": {"name": "minilm", "max_tokens": 128},

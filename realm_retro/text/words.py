@@ -17,12 +17,12 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _TOKEN = re.compile(r"\S+")
 # Scripts that put no spaces between words: there each character is a word.
-_UNSPACED = (
+UNSPACED = (
     "\u0e01-\u0e3a\u0e40-\u0e4e\u0e80-\u0eff\u0f00-\u0fff\u1000-\u109f\u1780-\u17ff"
     "\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff"
     "\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff"
 )
-_HAS_UNSPACED = re.compile(f"[{_UNSPACED}]")
+_HAS_UNSPACED = re.compile(f"[{UNSPACED}]")
 
 
 def normalise(text: str) -> str:
@@ -97,10 +97,10 @@ def _piece_pattern() -> re.Pattern[str]:
     # The re module knows no class of combining marks; these planes hold all of them.
     planes = (*range(0x300, 0x20000), *range(0xE0100, 0xE01F0))
     marks = "".join(chr(c) for c in planes if unicodedata.category(chr(c))[0] == "M")
-    letter = f"(?:(?![{_UNSPACED}])[^\\W_]|[{marks}])"
+    letter = f"(?:(?![{UNSPACED}])[^\\W_]|[{marks}])"
     punctuation = re.escape(string.punctuation)
     return re.compile(
-        f"(?P<unspaced>[{_UNSPACED}][{marks}]*)"
+        f"(?P<unspaced>[{UNSPACED}][{marks}]*)"
         # 7,056 and 3.5 are one number: "3" is not found in it.
         f"|{letter}+(?:(?<=\\d)[.,](?=\\d){letter}+)*"
         f"|[^\\s{punctuation}]"

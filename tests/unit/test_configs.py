@@ -18,6 +18,7 @@ from realm_retro.cli.encoders import EncoderConfig
 from realm_retro.cli.towers import InitConfig
 from realm_retro.data.chunk_writer import ChunksConfig
 from realm_retro.data.corpus import CorpusConfig
+from realm_retro.data.dedupe import DedupeConfig
 from realm_retro.data.passages import PassageConfig
 from realm_retro.data.span_store import SpansConfig
 from realm_retro.parallel.mesh import MeshConfig
@@ -42,6 +43,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 FILES = sorted((ROOT / "configs").rglob("*.py"))
 SHARED = {
     "corpus": CorpusConfig,
+    "dedupe": DedupeConfig,
     "encoder": EncoderConfig,
     "embed": EmbedConfig,
     "optimizer": OptimizerConfig,
