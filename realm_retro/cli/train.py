@@ -4,7 +4,8 @@ Reads:   RETRO: WORKDIR/chunks, WORKDIR/neighbours (a plain decoder: chunks only
          REALM: WORKDIR/passages, WORKDIR/spans; config.task says what is trained:
          realm_ict, realm_pretrain or realm_finetune
 Writes:  WORKDIR/runs/NAME/ with checkpoints/, metrics.jsonl and tensorboard/, where
-         NAME is config.name; manifest.json when all steps are done.
+         NAME is config.name; bad_steps.jsonl where a step went wrong (see
+         config.train.on_bad_step); manifest.json when all steps are done.
 
   python -m realm_retro.cli.train --config=configs/retro/quickstart.py --workdir=work
 
