@@ -158,6 +158,7 @@ train_realm = functools.partial(
 )
 
 
+@pytest.mark.slow
 def test_realm_skips_and_a_crash_changes_nothing(rivers):
     _, workdir = rivers
     found = {}
