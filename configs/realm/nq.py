@@ -17,7 +17,8 @@ Command:  for each of prepare, tag_spans, train, evaluate_qa, where nq/ is as ab
             --config=configs/realm/nq.py:minilm        from MiniLM
           Both are trained on two thirds of gold.jsonl and evaluated on the others.
 Cost:     2 CPU cores, 400 articles: by arithmetic 2 minutes for every index and 6 for
-          the steps of a run; about 70 minutes for all.
+          the steps of a run; about 70 minutes for all. Measured with
+          others at work on the same cores, without minilm: 98 minutes.
 Expected: see docs/results/realm.md.
 """
 
