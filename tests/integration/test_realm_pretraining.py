@@ -111,7 +111,7 @@ def config_of(folder, name, depth, adaptive=False, **changes):
 @pytest.mark.parametrize(
     ("depth", "adaptive", "saved_every", "crashes"),
     [
-        (0, False, 4, (6,)),
+        pytest.param(0, False, 4, (6,), marks=pytest.mark.slow),
         (1, False, 3, (5,)),  # saved just after a refresh, looked up before it
         (DEVICE, False, 4, (6,)),
         pytest.param(DEVICE, False, 3, (2, 4), marks=pytest.mark.slow),
