@@ -144,8 +144,10 @@ def _readable_errors() -> Iterator[None]:
     logger.setLevel(logging.CRITICAL)
     try:
         yield
-    except (UserError, OSError):
+    except OSError:
         raise
+    except UserError as error:
+        raise UserError(_WHERE.sub("", str(error))) from None
     except Exception as error:
         if found := _USER_ERROR.search(str(error)):
             raise UserError(_WHERE.sub("", found[1])) from None

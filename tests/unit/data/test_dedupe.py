@@ -72,6 +72,15 @@ def test_marks_are_those_of_the_definition(texts, evaluation):
     assert found_marks(texts, evaluation, config) == slow
 
 
+def test_the_threshold_itself_is_alike():
+    config = DedupeConfig(**SURE)
+    one, other = (dedupe.shingles(text, config) for text in ("a b c d e", "a b c d"))
+    assert dedupe.mark_of_pair(3, one, other, config) == (dedupe.NEAR, 3, 0.75)
+    for threshold, found in ((0.75, True), (0.76, False)):
+        config = DedupeConfig(**{**SURE, "threshold": threshold})
+        assert bool(dedupe.mark_of_pair(0, one, other, config)) == found
+
+
 def article(rng, words=200):
     return [f"w{i}" for i in rng.integers(5000, size=words)]
 
