@@ -249,6 +249,9 @@ class Stage:
             # In one move: others may be about to write into it.
             atomic.discard(self._shared / PROGRESS)
             body = _read_json(self.directory / MANIFEST)
+            # A process that was killed may have left its lock.
+            with contextlib.suppress(UserError), claimed(self.directory):
+                pass
         else:
             (self.directory / PROGRESS).rmtree(missing_ok=True)
         self.close()

@@ -570,10 +570,13 @@ def test_two_processes_may_share_a_stage_that_can_be(tmp_path, other_process):
         " share its work with --join\n"
     )
     assert other_process(tmp_path / "a", "join").stdout.readline() == "open\n"
+    mine = open_stage(tmp_path / "a", join=True)
     first.kill()
     first.wait()
-    # One that joined another does not keep a first one out.
-    assert not open_stage(tmp_path / "a", join=False).finished
+    write_all(mine)
+    mine.commit({"rows": 2})
+    assert load(tmp_path / "a").files.keys() == FILES.keys()
+    assert not (tmp_path / "a" / artifacts.LOCK).exists()
 
 
 def test_a_stage_is_free_when_its_writer_lets_go(tmp_path, other_process):

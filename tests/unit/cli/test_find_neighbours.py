@@ -1,14 +1,19 @@
 """The stage as a user meets it: every chunk, no own document, resumed by shards."""
 
+import threading
+
 import ml_collections
 import numpy as np
 import pytest
 import tiny_workdir
 
-from realm_retro.cli import build_index, find_neighbours
+from realm_retro.cli import build_index, find_neighbours, sharing
 from realm_retro.data.chunk_store import VALIDATION, ChunkStore
 from realm_retro.errors import UserError
-from realm_retro.retrieval.neighbours import Filter, NeighbourTable
+from realm_retro.retrieval import neighbours
+from realm_retro.retrieval.embeddings import Embeddings
+from realm_retro.retrieval.index import store as index_store
+from realm_retro.retrieval.neighbours import Filter, NeighboursConfig, NeighbourTable
 
 K = 3
 
@@ -125,6 +130,41 @@ def test_a_killed_run_goes_on_where_it_was(workdir, monkeypatch, capsys):
     capsys.readouterr()
     find_neighbours.main(config, workdir)
     assert "finished already" in capsys.readouterr().out
+
+
+def test_two_workers_find_what_one_finds(workdir):
+    settings = {"shard_size": 20}
+    alone = run(workdir, **settings).manifest
+    (workdir / "neighbours").rmtree()
+    store = ChunkStore.open(workdir / "chunks")
+    vectors = Embeddings.open(workdir / "embeddings").vectors
+    finder = Filter.make(index_store.load(index_of(workdir)), store.document[:])
+    parts = neighbours.shards(len(store), 20)
+    section = NeighboursConfig(**config_of(**settings).neighbours)
+    made = []
+
+    def share():
+        stage = neighbours.open_stage(
+            workdir / "neighbours", config=section, parents=alone.parents, join=True
+        )
+        with sharing.work(stage, parts, label="neighbours") as work:
+            find_neighbours.write_shards(finder, vectors, section, work)
+            find_neighbours._commit(section, work)
+            made.append(work.totals.shards)
+
+    threads = [threading.Thread(target=share) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    together = NeighbourTable.open(workdir / "neighbours").manifest
+    assert together.fingerprint == alone.fingerprint
+    assert sum(made) == len(parts) > 4
+    assert together.meta["found"] == alone.meta["found"]
+
+
+def index_of(workdir):
+    return index_store.load_manifest(workdir / "index")
 
 
 def test_an_index_of_other_embeddings_is_refused(workdir):
