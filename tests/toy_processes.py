@@ -1,4 +1,4 @@
-"""`cli.train` in one process or in several on loopback, as launchers start it."""
+"""Programs in one process or in several on loopback, as launchers start `cli.train`."""
 
 import contextlib
 import dataclasses
@@ -55,7 +55,7 @@ def command(folder, config, workdir):
 
 @dataclasses.dataclass(frozen=True)
 class Running:
-    """The processes of one training, and where their output goes."""
+    """The processes of one program, and where their output goes."""
 
     processes: list[subprocess.Popen]
     logs: list[pathlib.Path]
@@ -93,14 +93,11 @@ class Running:
 
 @contextlib.contextmanager
 def launcher(folder):
-    """Yields what starts a training; no process outlives the block."""
+    """Yields what starts a program; none of its processes outlives the block."""
     started = []
 
-    def start(config, workdir, *, processes, devices):
-        words = command(folder, config, workdir)
-        logs = [
-            folder / f"{config.name}.{len(started)}.{i}.log" for i in range(processes)
-        ]
+    def start(words, *, processes, devices):
+        logs = [folder / f"{len(started)}.{i}.log" for i in range(processes)]
         common = {**os.environ, "PYTHONPATH": str(ROOT)}
         running = Running([], logs)
         started.append(running)

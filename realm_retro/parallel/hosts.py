@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding
+from jax.sharding import NamedSharding, PartitionSpec
 
 from realm_retro.errors import UserError
 from realm_retro.typing import Array, HostArray, PyTree
@@ -145,10 +145,14 @@ def to_global(value: HostArray, sharding: NamedSharding) -> Array:
 
 
 def readable(x: Array | HostArray) -> Array | HostArray:
-    """What `np.asarray` takes on every process, which all call this; maybe no copy."""
+    """What `np.asarray` takes on every process, which all call this; maybe no copy.
+
+    Dispatched like any other work of the devices, and not waited for.
+    """
     if not isinstance(x, jax.Array) or x.is_fully_addressable or x.is_fully_replicated:
         return x
-    return multihost_utils.process_allgather(x, tiled=True)
+    assert isinstance(x.sharding, NamedSharding)
+    return jax.device_put(x, NamedSharding(x.sharding.mesh, PartitionSpec()))
 
 
 def share_rows(sharding: NamedSharding, shape: tuple[int, ...]) -> bool:

@@ -61,7 +61,8 @@ def test_workers_beside_two_processes_and_sigterm_to_one_that_waits(
         train={"checkpoint_every": 10},
     )
     # Nobody refreshes: they wait, and end when one of them is told to.
-    running = start(config, workdir, processes=2, devices=2)
+    words = toy_processes.command(folder, config, workdir)
+    running = start(words, processes=2, devices=2)
     log = toy.run_dir(config, workdir) / "metrics.jsonl"
     waiting = refresh_index.folder(config, workdir)
     running.until(lambda: log.exists() and newest_snapshot(waiting) >= 5)
@@ -71,7 +72,7 @@ def test_workers_beside_two_processes_and_sigterm_to_one_that_waits(
     assert "waits for an index" in outputs[0]
     assert outputs[1] == "", "only the main process talks"
 
-    beside = start(config, workdir, processes=2, devices=2)
+    beside = start(words, processes=2, devices=2)
     one = worker(config, workdir)
     outputs = beside.finish()
     assert "going on from step" in outputs[0]

@@ -14,6 +14,7 @@ import toy_pretraining
 import toy_processes
 import toy_systems
 import toy_training
+from toy_processes import command
 
 pytestmark = [pytest.mark.slow, pytest.mark.multiprocess]
 
@@ -77,7 +78,7 @@ def test_two_processes_train_as_one(folder, alone, start, system):
     config = toy_systems.make_config(
         folder, system, name=f"{system}_two", steps=30, mesh=MESHES[system]
     )
-    outputs = start(config, workdir, processes=2, devices=DEVICES).finish()
+    outputs = start(command(folder, config, workdir), processes=2, devices=DEVICES).finish()
     assert "step 30/30" in outputs[0]
     assert outputs[1] == "", "only the main process talks"
     found = toy_pretraining.records(config, workdir)
@@ -102,7 +103,7 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(
             mesh=mesh,
             train={"checkpoint_every": 1},  # slow enough to be met on its way
         )
-        running = start(config, workdir, processes=processes, devices=DEVICES)
+        running = start(command(folder, config, workdir), processes=processes, devices=DEVICES)
         if saved < 12:
             before = saved
             running.until(
@@ -135,7 +136,7 @@ def test_jobs_of_the_launchers(folder, alone, tmp_path):
         mesh=MESHES["retro"],
         train={"checkpoint_every": 1},
     )
-    words = toy_processes.command(folder, config, workdir)
+    words = command(folder, config, workdir)
 
     def job(*arguments):
         done = subprocess.run(
