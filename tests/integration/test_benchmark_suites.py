@@ -186,9 +186,7 @@ def test_memory(tmp_path, quick, capsys):
 
 def test_search(tmp_path, capsys):
     workdir = epath.Path(tmp_path)
-    found, _ = run(
-        "search", None, workdir, capsys, rows=["500", "6000"], dim=16, k=5
-    )
+    found, _ = run("search", None, workdir, capsys, rows=["500", "6000"], dim=16, k=5)
     assert found["exact, one query: 6,000 over 500 vectors"]["median"] > 0
 
 
@@ -197,7 +195,13 @@ def test_ctrl_c_ends_the_workers(realm, tmp_path):
     path = toy.write_config(tmp_path / "config.py", config)
     process = subprocess.Popen(
         [
-            *(sys.executable, "-m", benchmark.__name__, "--suite=refresh", "--steps=100000"),
+            *(
+                sys.executable,
+                "-m",
+                benchmark.__name__,
+                "--suite=refresh",
+                "--steps=100000",
+            ),
             *(f"--config={path}", f"--workdir={workdir}"),
         ],
         stderr=subprocess.PIPE,

@@ -23,8 +23,8 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
-from realm_retro.cli import refresh_index
 from realm_retro import config as config_lib
+from realm_retro.cli import refresh_index
 from realm_retro.cli.benchmarks import (
     children,
     machine,

@@ -145,9 +145,7 @@ class _Lookup:
                 self._found.rotate()
             return self._found[-1]
 
-        switched = dataclasses.replace(
-            live, depth=1, ask=ask, find=find, batch=batch
-        )
+        switched = dataclasses.replace(live, depth=1, ask=ask, find=find, batch=batch)
         return dataclasses.replace(
             recipe, batch_at=switched, hooks=(*recipe.hooks, alternation)
         )

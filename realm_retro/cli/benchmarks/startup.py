@@ -68,9 +68,7 @@ def _start(
             ["realm_retro.cli.train", f"--config={path}", f"--workdir={scratch}"],
             log=log,
             # Whatever the user has set: this is what is compared.
-            env=children.environment(
-                cache, {"JAX_COMPILATION_CACHE_DIR": str(cache)}
-            ),
+            env=children.environment(cache, {"JAX_COMPILATION_CACHE_DIR": str(cache)}),
         )
     return lines[0].seconds, children.first(lines, "step 1/1")
 
@@ -96,9 +94,7 @@ def _report(
         title="From the command to the first step, compilation cache cold and warm",
         series=[
             *series,
-            Series(
-                "warm over cold", "ratio", report.ratio(whole[_WARM], whole[_COLD])
-            ),
+            Series("warm over cold", "ratio", report.ratio(whole[_WARM], whole[_COLD])),
             Series("compilation cache", "MB", [stored_mb]),
         ],
         settings={

@@ -113,9 +113,7 @@ def test_a_changed_config_is_a_copy():
 
 def test_a_config_file_gives_the_config_back(tmp_path):
     values = {"a": {"b": (1, 2), "c": None, "d": 'x"'}, "e": 1e-3, "f": True}
-    path = workdirs.config_file(
-        ml_collections.ConfigDict(values), epath.Path(tmp_path)
-    )
+    path = workdirs.config_file(ml_collections.ConfigDict(values), epath.Path(tmp_path))
     found = {}
     exec(path.read_text(), found)
     assert found["get_config"]().to_dict() == values
@@ -197,9 +195,7 @@ def test_a_made_up_corpus_begins_with_the_smaller_one(tmp_path):
 
 
 def test_searches_of_made_up_vectors(tmp_path):
-    found = search.measure(
-        epath.Path(tmp_path), rows=[300, 900], dim=8, k=5, rounds=2
-    )
+    found = search.measure(epath.Path(tmp_path), rows=[300, 900], dim=8, k=5, rounds=2)
     names = [series.name for series in found.series]
     assert found.settings["vectors"] == "made up, around random centres"
     for size in ("300", "900"):
