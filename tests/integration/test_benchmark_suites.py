@@ -1,4 +1,4 @@
-"""Each suite on a tiny model: it ends, says what it found, and leaves nothing behind."""
+"""Each suite on a tiny model: it ends, says what it found, leaves nothing behind."""
 
 import contextlib
 import json
@@ -125,7 +125,7 @@ def test_refresh(realm, capsys):
 
 def test_checkpoint(decoder, capsys):
     config, workdir = decoder
-    found, body = run("checkpoint", config, workdir, capsys, steps=40)
+    found, _ = run("checkpoint", config, workdir, capsys, steps=40)
     assert found["save: the loop stands still"]["median"] > 0
     restored, stepped = (
         found[f"resume: until {what}"]["values"]

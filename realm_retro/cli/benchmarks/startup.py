@@ -11,7 +11,7 @@ import tempfile
 from etils import epath
 
 from realm_retro import config as config_lib
-from realm_retro.cli import common
+from realm_retro.cli import common, quickstart_stages
 from realm_retro.cli.benchmarks import children, report, steps, workdirs
 from realm_retro.cli.benchmarks.report import Report, Series
 from realm_retro.typing import Config
@@ -107,8 +107,8 @@ def _report(
             " that took at least a second to compile, unless"
             " JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS says otherwise",
             *(
-                ["the first step of REALM embeds all passages first"]
-                if config.get("task", "retro") == "realm_pretrain"
+                ["REALM embeds all passages before its first step"]
+                if quickstart_stages.is_realm(config)
                 else []
             ),
         ],
