@@ -94,7 +94,6 @@ def measure(
             (_ALONE, _BESIDE),
             steps=num_steps,
             rounds=rounds,
-            untimed=1,
             switch=workers.switch,
         )
         config = _changed(config, alternation)
