@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
@@ -24,6 +25,22 @@ def open_npy(path: epath.PathLike) -> HostArray:
         return np.load(os.fspath(path), mmap_mode="r", allow_pickle=False)
     except (ValueError, EOFError) as error:
         raise UserError(f"{path}: is not an array file ({error})") from None
+
+
+def release(array: HostArray) -> None:
+    """Lets go of the pages of a memory-mapped array that reads have brought in.
+
+    They count as memory of this process, so that a stage which walks through a file
+    once seems to hold all of it at the end. The system keeps them as long as it has
+    room; the next read maps them again. Other arrays are left alone.
+    """
+    if array.flags.writeable or not hasattr(mmap, "MADV_DONTNEED"):
+        return
+    base: object = array
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 class ShardedArray:
@@ -59,7 +76,10 @@ class ShardedArray:
         if isinstance(rows, (int, np.integer)):
             return self[np.asarray([rows])][0]
         if isinstance(rows, slice):
-            rows = np.arange(*rows.indices(len(self)))
+            start, stop, step = rows.indices(len(self))
+            if step == 1:
+                return self._run(start, stop)
+            rows = np.arange(start, stop, step)
         rows = np.asarray(rows)
         flat = rows.reshape(-1)
         if flat.size and (flat.min() < 0 or flat.max() >= len(self)):
@@ -70,6 +90,20 @@ class ShardedArray:
             mine = owner == shard
             out[mine] = self.shards[shard][flat[mine] - self.starts[shard]]
         return out.reshape(*rows.shape, *self.shape[1:])
+
+    def release(self) -> None:
+        """See `release`."""
+        for shard in self.shards:
+            release(shard)
+
+    def _run(self, start: int, stop: int) -> HostArray:
+        """Rows start … stop − 1; no list of them is made, which can be large."""
+        out = np.empty((max(0, stop - start), *self.shape[1:]), self.dtype)
+        for shard, first in zip(self.shards, self.starts[:-1], strict=True):
+            low, high = max(start, int(first)), min(stop, int(first) + len(shard))
+            if low < high:
+                out[low - start : high - start] = shard[low - first : high - first]
+        return out
 
 
 class NpyWriter:

@@ -84,7 +84,7 @@ def write_shards(
         for claim in claims:
             taken.append(claim)
             rows = np.arange(claim.shard.start, claim.shard.stop)
-            yield lambda rows=rows: store.texts(rows)
+            yield lambda rows=rows: texts(store, rows)
 
     for claims in work.rounds():
         started = time.monotonic()
@@ -99,6 +99,14 @@ def write_shards(
                 {claim.shard.files[0]: _narrowed(vectors, config.dtype)},
                 {"counts": counts.as_meta(), "seconds": seconds},
             )
+
+
+def texts(store: ChunkStore, rows: HostArray) -> list[str]:
+    """The texts of some chunks, whose pages are not held any longer."""
+    found = store.texts(rows)
+    store.tokens.release()
+    store.lengths.release()
+    return found
 
 
 def _narrowed(vectors: HostArray, dtype: str) -> HostArray:

@@ -157,6 +157,7 @@ def _find(
             margin=settings.margin,
         )
         result.ids[part], result.scores[part] = found.ids, found.scores
+        vectors.release()
         on_progress(len(batch))
     return result
 

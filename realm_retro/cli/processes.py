@@ -85,7 +85,7 @@ def run(
         raise UserError(companion.error)
     if process.returncode:
         raise UserError(_failure(command, process.returncode))
-    return Usage(seconds, _megabytes(used.ru_maxrss))
+    return Usage(seconds, megabytes(used.ru_maxrss))
 
 
 class Companion:
@@ -175,7 +175,7 @@ class Companion:
         _, status, used = os.wait4(process.pid, 0)
         with self._lock:
             self._pid = None
-        self.peak_mb = max(self.peak_mb, _megabytes(used.ru_maxrss))
+        self.peak_mb = max(self.peak_mb, megabytes(used.ru_maxrss))
         process.returncode = os.waitstatus_to_exitcode(status)
         return process.returncode
 
@@ -197,7 +197,8 @@ def _end(pid: int) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def _megabytes(maxrss: int) -> float:
+def megabytes(maxrss: int) -> float:
+    """Of ``ru_maxrss``, whose unit depends on the system."""
     unit = 1 if sys.platform == "darwin" else 1024  # bytes there, KiB here
     return maxrss * unit / 1e6
 

@@ -56,7 +56,7 @@ def run(config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh) -> N
     """`main` on some devices, in a program that has begun already."""
     values, say = config_lib.as_dict(config), hosts.main_only(common.say)
     outcome = loop.train(
-        _recipe(config, workdir, mesh),
+        make_recipe(config, workdir, mesh),
         workdir / "runs" / values["name"],
         config=_build(config, "train", TrainConfig),
         optimizer=_build(config, "optimizer", OptimizerConfig),
@@ -104,10 +104,14 @@ def decisive(config: ml_collections.ConfigDict) -> JsonDict:
     return found
 
 
-def _recipe(
+def make_recipe(
     config: ml_collections.ConfigDict, workdir: epath.Path, mesh: Mesh
 ) -> Recipe:
-    """The recipe of ``config.task``."""
+    """The recipe of ``config.task``.
+
+    Raises:
+      UserError: there is no such task, or an artefact does not fit the config.
+    """
     task = config_lib.as_dict(config).get("task", "retro")
     if task == "retro":
         return retro_recipe.make(config, workdir, mesh)

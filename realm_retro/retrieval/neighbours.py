@@ -27,6 +27,8 @@ load_manifest = artifacts.loader(KIND, FORMAT_VERSION, MADE_BY)
 # Hits of one search, before they are filtered: bounds its memory where many rows have
 # to look deep.
 _MAX_HITS = 1 << 22
+# Ids that are counted at a time.
+_COUNTED = 1 << 22
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,7 +171,11 @@ class Filter:
     def make(cls, index: Index, document: HostArray) -> Filter:
         """Counts the chunks of each document in the index."""
         num_documents = int(document.max(initial=-1)) + 1
-        indexed = np.bincount(document[index.ids], minlength=num_documents)
+        indexed = np.zeros(num_documents, np.int64)
+        # Some at a time: copies of all ids would hold more than the table itself.
+        for start in range(0, index.size, _COUNTED):
+            ids = index.ids[start : start + _COUNTED]
+            indexed += np.bincount(document[ids], minlength=num_documents)
         return cls(index, document, indexed)
 
     def find(

@@ -78,7 +78,9 @@ def test_two_processes_train_as_one(folder, alone, start, system):
     config = toy_systems.make_config(
         folder, system, name=f"{system}_two", steps=30, mesh=MESHES[system]
     )
-    outputs = start(command(folder, config, workdir), processes=2, devices=DEVICES).finish()
+    outputs = start(
+        command(folder, config, workdir), processes=2, devices=DEVICES
+    ).finish()
     assert "step 30/30" in outputs[0]
     assert outputs[1] == "", "only the main process talks"
     found = toy_pretraining.records(config, workdir)
@@ -103,7 +105,9 @@ def test_a_run_goes_on_with_other_processes_and_another_mesh(
             mesh=mesh,
             train={"checkpoint_every": 1},  # slow enough to be met on its way
         )
-        running = start(command(folder, config, workdir), processes=processes, devices=DEVICES)
+        running = start(
+            command(folder, config, workdir), processes=processes, devices=DEVICES
+        )
         if saved < 12:
             before = saved
             running.until(

@@ -4,11 +4,19 @@ import pickle
 
 import numpy as np
 import pytest
+from held_files import held, linux
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from realm_retro.arrays import NpyWriter, ShardedArray, flatten, open_npy, unflatten
+from realm_retro.arrays import (
+    NpyWriter,
+    ShardedArray,
+    flatten,
+    open_npy,
+    release,
+    unflatten,
+)
 from realm_retro.errors import UserError
 
 
@@ -31,6 +39,30 @@ def sharded(tmp_path, rows):
     return ShardedArray.open(save(tmp_path, [rows[:3], rows[3:3], rows[3:9], rows[9:]]))
 
 
+@linux
+def test_what_was_read_can_be_let_go(tmp_path):
+    rows = np.arange(1 << 20, dtype=np.int64).reshape(-1, 8)
+    first, second = save(tmp_path, [rows[:1000], rows[1000:]])
+    array = ShardedArray.open([first, second])
+    field = open_npy(second)[:, 3:5]  # a view of the mapped file
+    assert field.sum() + array[:].sum() > 0
+    assert held(second) > 7e6
+    array.release()
+    # The other mapping is another's.
+    assert 0 < held(second) < 9e6
+    release(field)
+    assert held(first) == held(second) == 0
+    np.testing.assert_array_equal(array[:], rows)
+
+
+def test_arrays_in_memory_are_left_alone(rows):
+    release(rows)
+    ShardedArray([rows]).release()
+    rows.flags.writeable = False
+    release(rows)
+    assert rows[9, 3] == 39
+
+
 def test_shape_and_dtype(sharded):
     assert sharded.shape == (10, 4)
     assert sharded.dtype == np.uint16
@@ -44,6 +76,9 @@ def test_shape_and_dtype(sharded):
         slice(2, 9),
         slice(9, None, -2),
         slice(4, 4),
+        slice(5, 2),
+        slice(3, 9),
+        slice(1, 999),
         slice(-3, None),
         [9, 0, 3, 3, 2],
         [[0, 9], [3, 4]],

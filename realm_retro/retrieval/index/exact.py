@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from realm_retro.arrays import open_npy
+from realm_retro.arrays import open_npy, release
 from realm_retro.artifacts import Manifest, Stage
 from realm_retro.retrieval.index import base
 from realm_retro.typing import Array, HostArray, JsonDict
@@ -152,6 +152,7 @@ class ExactIndex:
         vectors = self.vectors[number * rows : (number + 1) * rows]
         block = np.zeros((rows, self.dim), np.float32)
         block[: len(vectors)] = vectors
+        release(self.vectors)
         bias = np.full(rows, -np.inf, np.float32)
         bias[: len(vectors)] = 0.0
         if self.metric == "squared_l2":

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny_bert
 from etils import epath
+from held_files import held, linux
 
 from realm_retro.cli import embed as embed_cli
 from realm_retro.cli import encoders, sharing
@@ -232,3 +233,17 @@ def test_tokenizer_of_another_model(workdir, tmp_path):
 def test_float16_that_cannot_hold_a_vector():
     with pytest.raises(UserError, match=r"cannot hold 7e.04"):
         embed_cli._narrowed(np.full((1, 2), 7e4, np.float32), "float16")
+
+
+@linux
+def test_chunks_that_were_read_are_let_go(chunks):
+    store = ChunkStore.open(chunks)
+    rows = np.arange(len(store))
+    assert store.texts(rows)
+    files = [p for name in ("tokens", "chunks") for p in chunks.glob(f"{name}-*.npy")]
+    assert all(held(path) for path in files)
+    assert embed_cli.texts(store, rows) == store.texts(rows[:-1]) + store.texts(
+        rows[-1:]
+    )
+    embed_cli.texts(store, rows)
+    assert not any(held(path) for path in files)

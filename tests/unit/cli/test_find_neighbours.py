@@ -6,6 +6,7 @@ import ml_collections
 import numpy as np
 import pytest
 import tiny_workdir
+from held_files import held, linux
 
 from realm_retro.cli import build_index, find_neighbours, sharing
 from realm_retro.data.chunk_store import VALIDATION, ChunkStore
@@ -165,6 +166,24 @@ def test_two_workers_find_what_one_finds(workdir):
 
 def index_of(workdir):
     return index_store.load_manifest(workdir / "index")
+
+
+@linux
+def test_vectors_that_were_read_are_let_go(tmp_path, chunks, monkeypatch):
+    workdir = tiny_workdir.link(chunks, tmp_path)
+    count = len(ChunkStore.open(workdir / "chunks"))
+    vectors = tiny_workdir.clustered(count, dim=512)
+    tiny_workdir.write_embeddings(workdir, vectors=vectors)
+    seen, find = [], Filter.find
+
+    def watched(self, *args, **kwargs):
+        seen.append(held(workdir / "embeddings"))
+        return find(self, *args, **kwargs)
+
+    monkeypatch.setattr(Filter, "find", watched)
+    run(workdir, batch_size=16)
+    assert len(seen) > 8
+    assert 0 < max(seen) < 2048 * count / 2, "not more than what is being read"
 
 
 def test_an_index_of_other_embeddings_is_refused(workdir):
