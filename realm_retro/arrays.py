@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import tokenize
 from collections.abc import Mapping, Sequence
 from typing import Any, Self
 
@@ -14,6 +15,19 @@ from etils import epath
 from realm_retro.errors import UserError
 from realm_retro.typing import HostArray
 
+# What numpy makes of the header of a damaged file.
+NOT_AN_ARRAY = (
+    ValueError,
+    TypeError,
+    LookupError,
+    AttributeError,
+    OverflowError,
+    RecursionError,
+    SyntaxError,
+    EOFError,
+    tokenize.TokenError,
+)
+
 
 def open_npy(path: epath.PathLike) -> HostArray:
     """Memory-maps one ``.npy`` file; never unpickles.
@@ -22,8 +36,9 @@ def open_npy(path: epath.PathLike) -> HostArray:
       UserError: the file is not an array.
     """
     try:
-        return np.load(os.fspath(path), mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        # Not `np.load`, which also opens archives.
+        return np.lib.format.open_memmap(os.fspath(path), mode="r")
+    except NOT_AN_ARRAY as error:
         raise UserError(f"{path}: is not an array file ({error})") from None
 
 
@@ -41,6 +56,16 @@ def release(array: HostArray) -> None:
         base = base.base
     if isinstance(base, mmap.mmap):
         base.madvise(mmap.MADV_DONTNEED)
+
+
+def write_npy(path: epath.PathLike, array: npt.ArrayLike) -> None:
+    """Writes one ``.npy`` file.
+
+    Unlike `np.save` it says when the disk is full: numpy's own error has no number.
+    """
+    array = np.asarray(array)
+    with NpyWriter(path, array.dtype, array.shape[1:]) as file:
+        file.append(array)
 
 
 class ShardedArray:
@@ -123,7 +148,7 @@ class NpyWriter:
         array = np.ascontiguousarray(rows, self._dtype)
         if array.shape[1:] != self._row_shape:
             raise ValueError(f"rows {array.shape[1:]} for a file of {self._row_shape}")
-        self._file.write(array.tobytes())
+        self._file.write(array.reshape(-1).view(np.uint8).data)
         self.rows += len(array)
 
     def __enter__(self) -> Self:

@@ -7,9 +7,9 @@ first missing file, nobody else reads it. One process at a time does, except whe
 stage can be shared: then the first to write a file wins (`realm_retro.shards`).
 
 The manifest holds the kind, the format version, the settings that made it, the
-fingerprints of its parents, and for every file its size and SHA-256. `load` refuses
-what is unfinished, damaged, of another kind or version, or of other parents, in one
-line that says which and what to run.
+fingerprints of its parents, for every file its size and SHA-256, and a checksum of all
+that it says itself. `load` refuses what is unfinished, damaged, of another kind or
+version, or of other parents, in one line that says which and what to run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from typing import Any, Protocol
 
 from etils import epath
 
-from realm_retro import atomic
+from realm_retro import atomic, disk
 from realm_retro.errors import UserError
 from realm_retro.typing import JsonDict
 
@@ -38,9 +38,11 @@ MANIFEST = "manifest.json"
 REQUEST = "request.json"
 PROGRESS = ".progress"
 LOCK = ".lock"
+CHECKSUM = "checksum"  # of a JSON object's other members; see `seal`
 _BLOCK = 1 << 22
 # What file systems without locks answer.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
+_AGAIN = "delete it to go on with the settings of now, or {} to begin anew"
 # Directories that this process has claimed.
 _claimed: set[str] = set()
 
@@ -146,9 +148,10 @@ class Stage:
             if claim and not stage.finished:
                 stage._enter(claims, join)
             request_file = directory / REQUEST
-            if not request_file.exists():
+            if not disk.there(request_file):
                 stage._write_first(REQUEST, request)
-            _refuse_other_request(directory, _read_json(request_file), request)
+            found = _read_json(request_file, remedy=_AGAIN.format(directory))
+            _refuse_other_request(directory, found, request)
             if not stage.finished:
                 (directory / PROGRESS).mkdir(exist_ok=True)
                 stage._claim = claims.pop_all()
@@ -157,7 +160,7 @@ class Stage:
     @property
     def finished(self) -> bool:
         """Whether the manifest was written."""
-        return (self.directory / MANIFEST).exists()
+        return disk.there(self.directory / MANIFEST)
 
     def has(self, name: str) -> bool:
         """Whether a file was written whole, by this process or an earlier one."""
@@ -178,11 +181,12 @@ class Stage:
             private = f"{_quoted(name)}.{secrets.token_hex(6)}.tmp"
             temporary = self.directory / PROGRESS / private
         try:
-            yield temporary
-            _fsync(temporary)
-            if not (self._shared and _place_first(temporary, final)):
-                temporary.replace(final)
-            self._note_file(name)
+            with disk.named_errors(final):
+                yield temporary
+                disk.flush(temporary)
+                if not (self._shared and _place_first(temporary, final)):
+                    temporary.replace(final)
+                self._note_file(name)
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -195,7 +199,7 @@ class Stage:
           checksum: its `sha256`, where whoever wrote it has computed it.
         """
         _check_name(name, self.directory)
-        _fsync(self.directory / name)
+        disk.flush(self.directory / name)
         self._note_file(name, checksum)
 
     def _note_file(self, name: str, checksum: str = "") -> None:
@@ -244,7 +248,7 @@ class Stage:
         files = {name: _read_json(self._record(name)) for name in self.recorded()}
         body = {**self._request, "meta": _jsonable(dict(meta)), "files": files}
         body["fingerprint"] = _fingerprint(body)
-        self._write_first(MANIFEST, body)
+        self._write_first(MANIFEST, seal(body))
         if self._shared:
             # In one move: others may be about to write into it.
             atomic.discard(self._shared / PROGRESS)
@@ -371,21 +375,21 @@ def load(
     """
     directory = epath.Path(directory)
     path = directory / MANIFEST
-    if not path.exists():
+    if not disk.there(path):
         state = "unfinished" if (directory / REQUEST).exists() else "missing"
         raise UserError(f"{directory}: {kind} {state}; run: python -m {made_by}")
-    body = _read_json(path)
+    again = f"delete {directory} and run: python -m {made_by}"
+    body = _read_json(path, remedy=again)
     try:
         manifest = _manifest(directory, body)
-        damaged = _fingerprint(body) != manifest.fingerprint
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(
-            f"{path}: is not a manifest; delete {directory}"
-            f" and run: python -m {made_by}"
-        ) from None
-    again = f"delete {directory} and run: python -m {made_by}"
-    if damaged:
-        raise UserError(f"{path}: does not match its own fingerprint; {again}")
+        if _fingerprint(body) != manifest.fingerprint:
+            raise UserError(f"{path}: does not match its own fingerprint; {again}")
+        if not is_intact(body):
+            raise UserError(f"{path}: is damaged (its checksum differs); {again}")
+    except UserError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError):
+        raise UserError(f"{path}: is not a manifest; {again}") from None
     if manifest.kind != kind:
         raise UserError(f"{path}: holds {manifest.kind!r}, not {kind!r}; {again}")
     if manifest.format_version != format_version:
@@ -426,6 +430,18 @@ def loader(kind: str, format_version: int, made_by: str) -> Loader:
     )
 
 
+def request_of(directory: epath.PathLike) -> str | None:
+    """The fingerprint of the settings that a directory was begun with, if it was.
+
+    Raises:
+      UserError: the file that says so is damaged.
+    """
+    path = epath.Path(directory) / REQUEST
+    if not disk.there(path):
+        return None
+    return fingerprint_of(_read_json(path, remedy=_AGAIN.format(directory)))
+
+
 def sha256(path: epath.PathLike) -> str:
     """Hexadecimal SHA-256 of a file, read in blocks."""
     digest = hashlib.sha256()
@@ -433,6 +449,17 @@ def sha256(path: epath.PathLike) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def seal(value: JsonDict) -> JsonDict:
+    """A JSON object with a checksum of all its members; see `is_intact`."""
+    return {**value, CHECKSUM: fingerprint_of(value)}
+
+
+def is_intact(value: JsonDict) -> bool:
+    """Whether a JSON object is what was sealed; one that never was counts as intact."""
+    rest = {name: member for name, member in value.items() if name != CHECKSUM}
+    return value.get(CHECKSUM) in (None, fingerprint_of(rest))
 
 
 def fingerprint_of(value: Any) -> str:
@@ -447,10 +474,18 @@ def _fingerprint(body: JsonDict) -> str:
 
 
 def _manifest(directory: epath.Path, body: JsonDict) -> Manifest:
-    for name in body["files"]:
+    kinds = {"kind": str, "format_version": int, "config": dict, "parents": dict}
+    kinds |= {"meta": dict, "files": dict, "fingerprint": str}
+    for key, kind in kinds.items():
+        if not isinstance(body[key], kind):
+            raise TypeError(key)
+    for name, record in body["files"].items():
         _check_name(name, directory)
-    keys = [f.name for f in dataclasses.fields(Manifest) if f.name != "directory"]
-    return Manifest(directory=directory, **{key: body[key] for key in keys})
+        if not isinstance(record["bytes"], int) or not isinstance(
+            record["sha256"], str
+        ):
+            raise TypeError(name)
+    return Manifest(directory=directory, **{key: body[key] for key in kinds})
 
 
 def _check_name(name: str, directory: epath.Path) -> None:
@@ -525,28 +560,15 @@ def _place_first(temporary: epath.Path, final: epath.Path) -> bool:
     return final.stat().length == temporary.stat().length
 
 
-def _read_json(path: epath.Path) -> Any:
+def _read_json(path: epath.Path, *, remedy: str = "") -> Any:
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(
-            f"{path}: is not JSON ({error}); delete {path.parent}"
-            " and run that stage again"
-        ) from None
+    except (ValueError, RecursionError) as error:
+        remedy = remedy or f"delete {path.parent} and run that stage again"
+        raise UserError(f"{path}: is not JSON ({error}); {remedy}") from None
 
 
 def _write_json(path: epath.Path, value: Any) -> None:
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(json.dumps(value, indent=1, sort_keys=True, allow_nan=False))
-    _fsync(temporary)
-    temporary.replace(path)
-
-
-def _fsync(path: epath.Path) -> None:
-    # Local files only: an object store's upload is durable when it returns.
-    with contextlib.suppress(FileNotFoundError, ValueError):
-        descriptor = os.open(os.fspath(path), os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    text = json.dumps(value, indent=1, sort_keys=True, allow_nan=False)
+    with disk.replacing(path) as temporary:
+        temporary.write_text(text)

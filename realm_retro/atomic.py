@@ -20,6 +20,8 @@ from typing import Any
 
 from etils import epath
 
+from realm_retro import disk
+
 TRASH = ".trash-"
 # What file systems without hard links answer.
 _NO_LINKS = {errno.EPERM, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EMLINK}
@@ -45,7 +47,8 @@ def private_file(folder: pathlib.Path, name: str) -> Iterator[pathlib.Path]:
     """Yields a path for a file that no other process writes; it is gone at the end."""
     path = folder / f".{name}.{secrets.token_hex(6)}"
     try:
-        yield path
+        with disk.named_errors(folder / name):
+            yield path
     finally:
         with contextlib.suppress(OSError):
             path.unlink(missing_ok=True)

@@ -30,8 +30,9 @@ from realm_retro.typing import JsonDict
 
 _NAME = re.compile(r"([a-z0-9-]+)\.(\d+)\.json")
 _BEATS_PER_LIFE = 4
-# Of a lease whose own promise cannot be read.
+# Of a lease whose own promise cannot be read, and what a damaged one raises.
 _DEFAULT_SECONDS = 60.0
+_NO_PROMISE = (ValueError, LookupError, TypeError, ArithmeticError, RecursionError)
 
 
 class Lease:
@@ -161,12 +162,12 @@ def _look(path: pathlib.Path, now: float) -> tuple[JsonDict, float]:
     """What a lease promises, and the seconds until it expires; negative: it has."""
     try:
         # Opening the file makes a network file system look at it anew.
-        with path.open() as file:
+        with path.open(errors="replace") as file:
             text, beat = file.read(), os.fstat(file.fileno()).st_mtime
     except FileNotFoundError:
         return {}, math.inf  # Released this moment: the next look will find it free.
     promise, seconds = {}, _DEFAULT_SECONDS
-    with contextlib.suppress(ValueError, KeyError, TypeError, AttributeError):
+    with contextlib.suppress(*_NO_PROMISE):
         promise = dict(json.loads(text))
         seconds = float(promise["seconds"])
     return promise, -math.inf if _is_dead(promise) else seconds - (now - beat)

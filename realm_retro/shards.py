@@ -23,9 +23,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Self
 
-import numpy as np
-
 from realm_retro import atomic, leases, progress
+from realm_retro.arrays import write_npy
 from realm_retro.artifacts import PROGRESS, Manifest, Stage
 from realm_retro.leases import Lease
 from realm_retro.typing import HostArray, JsonDict
@@ -299,8 +298,7 @@ class Work:
         with contextlib.suppress(_Lost):
             for name, array in arrays.items():
                 with self.stage.write(name) as path:
-                    with path.open("wb") as file:
-                        np.save(file, array, allow_pickle=False)
+                    write_npy(path, array)
                     if not claim.held():
                         raise _Lost
             return True

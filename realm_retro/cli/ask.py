@@ -164,7 +164,7 @@ def _questions() -> Iterator[str]:
 def _field(line: str, where: str) -> str:
     try:
         record = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: is not JSON ({error})") from None
     question = record.get("question") if isinstance(record, dict) else None
     if not isinstance(question, str) or not question.strip():

@@ -31,8 +31,14 @@ Main = Callable[[ml_collections.ConfigDict, epath.Path], Any]
 _DISK_ERRORS = {
     errno.ENOSPC: "the disk is full; free space and run the same command again",
     errno.EDQUOT: "the quota is used up; free space and run the same command again",
-    errno.EACCES: "permission denied; choose a --workdir that you can write",
-    errno.EPERM: "permission denied; choose a --workdir that you can write",
+    errno.EFBIG: "the file would be larger than is allowed here; raise the limit"
+    " (ulimit -f) or choose another --workdir, and run the same command again",
+    errno.EIO: "the disk cannot be read or written; run the same command again, and"
+    " look for the cause if that does not help",
+    errno.EACCES: "permission denied; change its permissions, or choose a --workdir"
+    " that you can write",
+    errno.EPERM: "permission denied; change its permissions, or choose a --workdir that"
+    " you can write",
     errno.EROFS: "the file system is read-only; choose a --workdir that you can write",
     errno.ENOTDIR: "a part of that path is a file, not a folder; choose another",
 }
@@ -66,13 +72,18 @@ def run(
         except KeyboardInterrupt:
             _die(name, "interrupted; run the same command again to resume", 130)
         except OSError as error:
-            remedy = _DISK_ERRORS.get(error.errno or 0)
-            if remedy is None:
+            if (told := disk_error(error)) is None:
                 raise
-            _die(name, f"{error.filename or WORKDIR.value}: {remedy}", 2)
+            _die(name, told, 2)
 
     host_memory.reuse_freed_blocks()
     app.run(guarded, flags_parser=lambda argv: _parse(name, argv, required))
+
+
+def disk_error(error: OSError) -> str | None:
+    """One line about a full disk or a lost permission; None for any other error."""
+    remedy = _DISK_ERRORS.get(error.errno or 0)
+    return remedy and f"{error.filename or WORKDIR.value}: {remedy}"
 
 
 def say(message: str) -> None:
@@ -88,7 +99,8 @@ def lines_of(path: epath.PathLike, *, flag: str) -> list[str]:
     """
     path = epath.Path(path)
     try:
-        return path.read_text().splitlines()
+        # Not `splitlines`: other marks that end a line may stand within JSON's texts.
+        return path.read_text().split("\n")
     except FileNotFoundError:
         raise UserError(f"{flag} {path}: no such file") from None
     except IsADirectoryError:

@@ -30,7 +30,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from realm_retro import artifacts, progress
+from realm_retro import artifacts, disk, progress
 from realm_retro import config as config_lib
 from realm_retro.arrays import flatten
 from realm_retro.cli import common, towers
@@ -124,7 +124,7 @@ def _trained(config: Config, workdir: epath.Path) -> tuple[JsonDict, Params]:
 
 def _converted(workdir: epath.Path) -> tuple[JsonDict, Params]:
     directory = workdir / FOLDER
-    if not (directory / artifacts.MANIFEST).exists():
+    if not disk.there(directory / artifacts.MANIFEST):
         raise UserError(
             f"{directory}: weights missing; run: python -m {weights.MADE_BY}"
             f" --workdir={workdir} --input=FOLDER, or name a run with --config"

@@ -19,6 +19,7 @@ import numpy as np
 from etils import epath
 
 from realm_retro import config as config_lib
+from realm_retro import disk
 from realm_retro.cli import common
 from realm_retro.data import chunk_store
 from realm_retro.errors import UserError
@@ -128,10 +129,13 @@ def _write(
 ) -> None:
     arrays: dict[str, Any] = {f"bits_{k}": values for k, values in bits.items()}
     arrays |= {"documents": rows, "bytes": num_bytes}
-    np.savez(run_dir / "document_bits.npz", **arrays)
-    temporary = run_dir / "evaluation.json.tmp"
-    temporary.write_text(json.dumps(report, indent=1))
-    temporary.replace(run_dir / "evaluation.json")
+    with (
+        disk.replacing(run_dir / "document_bits.npz") as path,
+        path.open("wb") as file,
+    ):
+        np.savez(file, **arrays)
+    with disk.replacing(run_dir / "evaluation.json") as path:
+        path.write_text(json.dumps(report, indent=1))
 
 
 def _print(report: JsonDict) -> None:

@@ -27,7 +27,7 @@ import numpy as np
 from absl import flags
 from etils import epath
 
-from realm_retro import progress
+from realm_retro import disk, progress
 from realm_retro.cli import common, find_answers, qa_setup, towers
 from realm_retro.cli.qa_setup import Weights
 from realm_retro.data.answer_store import AnswerStore
@@ -338,11 +338,9 @@ def _cell(value: JsonDict | None) -> str:
 
 
 def _write(path: epath.Path, lines: Iterable[str]) -> None:
-    temporary = path.parent / f"{path.name}.tmp"
-    with temporary.open("w") as file:
+    with disk.replacing(path) as temporary, temporary.open("w") as file:
         for line in lines:
             file.write(f"{line}\n")
-    temporary.replace(path)
 
 
 def entry() -> None:

@@ -21,7 +21,7 @@ from absl import flags
 from etils import epath
 
 from realm_retro import config as config_lib
-from realm_retro import progress
+from realm_retro import disk, progress
 from realm_retro.cli import common, encoders
 from realm_retro.data.chunk_store import ChunkStore
 from realm_retro.errors import UserError
@@ -82,7 +82,8 @@ def main(config: Config, workdir: epath.Path) -> None:
     path = epath.Path(JSON.value) if JSON.value else run_dir / "generation.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     body = {"format_version": _FORMAT_VERSION, "generations": report}
-    path.write_text(json.dumps(body, indent=1, ensure_ascii=False))
+    with disk.replacing(path) as temporary:
+        temporary.write_text(json.dumps(body, indent=1, ensure_ascii=False))
     for one in report:
         _print(one)
     common.say(f"\nwritten to {path}")

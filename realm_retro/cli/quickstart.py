@@ -34,7 +34,7 @@ from typing import IO, Any
 from etils import epath
 
 import realm_retro
-from realm_retro import artifacts
+from realm_retro import artifacts, disk
 from realm_retro import config as config_lib
 from realm_retro.cli import (
     common,
@@ -120,9 +120,8 @@ class Ledger:
 
     def _put(self, name: str, values: JsonDict) -> None:
         self.entries[name] = {**self.entries.get(name, {}), **values}
-        temporary = self._path.parent / f"{LEDGER}.tmp"
-        temporary.write_text(json.dumps({"stages": self.entries}, indent=1))
-        temporary.replace(self._path)
+        with disk.replacing(self._path) as temporary:
+            temporary.write_text(json.dumps({"stages": self.entries}, indent=1))
 
 
 def main(config: Any, workdir: epath.Path) -> None:

@@ -173,7 +173,7 @@ def read_lines(path: epath.Path) -> list[Any]:
       UserError: it cannot be read, or holds none.
     """
     try:
-        found = [json.loads(line) for line in path.read_text().splitlines()]
+        found = [json.loads(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: cannot be read ({error}); delete it and run again"

@@ -215,7 +215,7 @@ def _section(flag: Sequence[str]) -> str:
 
 def _surest(run: epath.Path) -> list[str]:
     """--question for those that a run answers with the highest probability."""
-    lines = (run / "predictions_qa.jsonl").read_text().splitlines()
+    lines = (run / "predictions_qa.jsonl").read_bytes().splitlines()
     found = sorted(map(json.loads, lines), key=lambda x: -(x["probability"] or 0.0))
     return [f"--question={one['question']}" for one in found[:SHOWN]]
 

@@ -23,7 +23,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from realm_retro import artifacts, progress
+from realm_retro import artifacts, disk, progress
 from realm_retro import config as config_lib
 from realm_retro.cli import common
 from realm_retro.data import annotations, span_store
@@ -56,7 +56,8 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     spans_config = config_lib.build(SpansConfig, section, name="config.spans")
     store = PassageStore.open(workdir / "passages")
     directory = workdir / "spans"
-    if spans_config.tagger == "default" and (directory / artifacts.MANIFEST).exists():
+    finished = disk.there(directory / artifacts.MANIFEST)
+    if spans_config.tagger == "default" and finished:
         # Whichever tagger it was that the default stood for.
         found = span_store.load_manifest(
             directory, parents={"passages": store.fingerprint}, verify=False

@@ -8,7 +8,7 @@ import json
 import lzma
 import pathlib
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import IO, Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from realm_retro.typing import HostArray
 
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 _DAMAGED = (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile, UnicodeDecodeError)
+_MAX_PLACE = np.iinfo(np.int64).max
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,6 +109,8 @@ def _annotation(line: str, origin: str) -> tuple[str, HostArray]:
             ' {"id": document, "spans": [[start, end], …]}'
         )
     identity, spans = record["id"], record["spans"]
+    if not isinstance(identity, str | int):
+        raise UserError(f"{origin}: the id is {type(identity).__name__}, not a text")
     if not _are_spans(spans):
         raise UserError(
             f"{origin}: the spans of {identity!r} are not a list of [start, end] with"
@@ -117,10 +120,10 @@ def _annotation(line: str, origin: str) -> tuple[str, HostArray]:
 
 
 def _are_spans(spans: Any) -> bool:
-    return isinstance(spans, Sequence) and all(
+    return isinstance(spans, list) and all(
         isinstance(span, list)
         and len(span) == 2
         and all(type(place) is int for place in span)
-        and 0 <= span[0] < span[1]
+        and 0 <= span[0] < span[1] <= _MAX_PLACE
         for span in spans
     )

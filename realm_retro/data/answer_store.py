@@ -23,7 +23,7 @@ import numpy as np
 from etils import epath
 
 from realm_retro import artifacts, progress
-from realm_retro.arrays import open_npy
+from realm_retro.arrays import open_npy, write_npy
 from realm_retro.data import questions as questions_lib
 from realm_retro.data.chunk_store import shard_name
 from realm_retro.data.questions import Question
@@ -219,8 +219,8 @@ def build(
                 bar.update(len(rows))
             arrays = _by_question(owners, found, len(questions))
             for name, values in zip(names, arrays, strict=True):
-                with stage.write(name) as path, path.open("wb") as file:
-                    np.save(file, values)
+                with stage.write(name) as path:
+                    write_npy(path, values)
     offsets = [open_npy(stage.directory / name) for name in _names("offsets", meta)]
     counts = np.sum([np.diff(o) for o in offsets], axis=0)
     return {

@@ -65,7 +65,7 @@ def open_corpus(directory: epath.PathLike, *, verify: bool = True) -> ArrayRecor
       UserError: it is missing, unfinished or damaged.
     """
     manifest = load_manifest(directory, verify=verify)
-    return ArrayRecordCorpus(manifest, Records.open(manifest.directory))
+    return ArrayRecordCorpus(manifest, Records.open(manifest.directory, manifest.files))
 
 
 def build(
@@ -93,12 +93,13 @@ def build(
 
     if not records.write(target, kept()):
         raise no_text(config, report)
-    corpus = Records.open(target)
+    names = records.file_names(target)
+    corpus = Records.open(target, names)
     _refuse_duplicates(np.frombuffer(hashes, np.uint64), corpus)
     if dedupe.enabled:
         dedupe_local.write(corpus, dedupe, stage, target, report)
         return report
-    for name in records.file_names(stage.directory):
+    for name in names:
         stage.adopt(name)
     return report
 

@@ -128,7 +128,7 @@ def _evaluation(config: DedupeConfig, folder: epath.Path) -> Corpus:
     folder.mkdir()
     if not records.write(folder, dedupe.evaluation_documents(config)):
         raise dedupe.no_evaluation_text(config)
-    return records.Records.open(folder)
+    return records.Records.open(folder, records.file_names(folder))
 
 
 def _write_sketches(documents: Corpus, config: DedupeConfig, path: epath.Path) -> None:

@@ -84,7 +84,10 @@ def load_questions(
     questions: list[Question] = []
     origins: dict[str, str] = {}
     for origin, default_id, record in records:
-        question = question_from(record, origin=origin, default_id=default_id)
+        try:
+            question = question_from(record, origin=origin, default_id=default_id)
+        except RecursionError:
+            raise UserError(f"{origin}: has lists within lists, too deep") from None
         if question.id in origins:
             raise UserError(
                 f"{origin}: has the id {question.id!r} of {origins[question.id]}; give"

@@ -6,27 +6,29 @@ The files: ``documents-train.array_record-00000`` … with ``dataset_info.json``
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import functools
 import itertools
 import os
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable
 from typing import Any
 
 import tensorflow_datasets as tfds
-from absl import logging
 from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]
+from array_record.python.array_record_data_source import ArrayRecordDataSource
 from etils import epath
 from tensorflow_datasets.core import example_serializer
 
-from realm_retro.data.corpus import FORMAT_VERSION, Document
+from realm_retro.data.corpus import FORMAT_VERSION, MADE_BY, Document
+from realm_retro.disk import named_errors
+from realm_retro.errors import UserError
 
 SPLIT = "train"  # TFDS wants a name; our own splits are made of chunks
 METADATA = ("dataset_info.json", "features.json")
 
 _NAME = "documents"
+_SHARD = re.compile(rf"{_NAME}-{SPLIT}\.array_record-(\d+)")
 _SHARD_DOCUMENTS = 1 << 14
 _FIELDS = [field.name for field in dataclasses.fields(Document)]
 
@@ -82,30 +84,60 @@ def rows_of(shard: int, documents: int) -> range:
 
 def file_names(directory: epath.Path) -> list[str]:
     """The files of a written dataset."""
-    with _quiet():
-        split = tfds.builder_from_directory(directory).info.splits[SPLIT]
-    return [*METADATA, *sorted(split.filenames)]
+    return [*METADATA, *_shards(path.name for path in directory.iterdir())]
 
 
 @dataclasses.dataclass(frozen=True)
 class Records:
     """The documents of a written dataset, read by row."""
 
-    _source: Any
+    directory: epath.Path
+    _source: ArrayRecordDataSource
 
     @classmethod
-    def open(cls, directory: epath.Path) -> Records:
-        """Opens a dataset that `write` wrote."""
-        with _quiet():
-            builder: Any = tfds.builder_from_directory(directory)
-            return cls(builder.as_data_source(SPLIT))
+    def open(cls, directory: epath.Path, names: Iterable[str]) -> Records:
+        """Opens a dataset that `write` wrote.
+
+        TFDS would go by the dataset's own metadata, which may name paths anywhere and
+        Python modules to import.
+
+        Args:
+          directory: of the dataset.
+          names: of its files.
+
+        Raises:
+          UserError: they are no documents.
+        """
+        try:
+            paths = [os.fspath(directory / name) for name in _shards(names)]
+            return cls(directory, ArrayRecordDataSource(paths))
+        except Exception as error:  # whatever the library makes of damaged files
+            raise _damaged(directory, "its records", error) from None
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, row: int, /) -> Document:
-        record = self._source[row]
-        return Document(**{name: record[name].decode() for name in _FIELDS})
+        if not 0 <= row < len(self):
+            raise IndexError(f"document {row} of {len(self)}")
+        try:
+            record = features().deserialize_example_np(self._source[row])
+            return Document(**{name: record[name].decode() for name in _FIELDS})
+        except Exception as error:  # as above
+            raise _damaged(self.directory, f"document {row}", error) from None
+
+
+def _damaged(directory: epath.Path, what: str, error: Exception) -> UserError:
+    return UserError(
+        f"{directory}: {what} cannot be read ({error}); delete {directory} and run:"
+        f" python -m {MADE_BY}"
+    )
+
+
+def _shards(names: Iterable[str]) -> list[str]:
+    """Those of the names that are files of documents, in their order."""
+    found = {int(m[1]): name for name in names if (m := _SHARD.fullmatch(name))}
+    return [found[number] for number in sorted(found)]
 
 
 def write_shard(path: epath.Path, documents: Iterable[Document]) -> int:
@@ -115,7 +147,7 @@ def write_shard(path: epath.Path, documents: Iterable[Document]) -> int:
       OSError: the disk is full.
     """
     length = 0
-    with _full_disk_is_an_os_error(path):
+    with named_errors(path):
         writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
         for document in documents:
             writer.write(_serialise(document))
@@ -134,17 +166,6 @@ def _serialise(document: Document) -> bytes:
     # TFDS's own writers leave the order of an example's fields to chance, so that each
     # process writes other bytes, and a fingerprint would name the run, not the text.
     return _serialiser().get_tf_example(example).SerializeToString(deterministic=True)
-
-
-@contextlib.contextmanager
-def _full_disk_is_an_os_error(path: epath.Path) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        # array_record reports a full disk in words only.
-        if os.strerror(errno.ENOSPC) not in str(error):
-            raise
-        raise OSError(errno.ENOSPC, "no space", str(path)) from error
 
 
 def write_metadata(directory: epath.Path, lengths: list[int]) -> None:
@@ -176,14 +197,3 @@ def write_metadata(directory: epath.Path, lengths: list[int]) -> None:
         version=f"{FORMAT_VERSION}.0.0",
         check_data=False,  # would need TensorFlow
     )
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    # TFDS logs every dataset that it opens.
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)

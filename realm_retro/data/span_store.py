@@ -15,7 +15,7 @@ import numpy as np
 from etils import epath
 
 from realm_retro import artifacts
-from realm_retro.arrays import ShardedArray
+from realm_retro.arrays import ShardedArray, write_npy
 from realm_retro.data.chunk_store import shard_name
 from realm_retro.errors import UserError
 from realm_retro.typing import HostArray, JsonDict
@@ -211,8 +211,5 @@ def write_shard(
         "spans": np.concatenate([np.zeros((0, 2), np.int32), *found]).astype(np.int32),
     }
     for part, array in arrays.items():
-        with (
-            stage.write(shard_name(part, shard, num_shards)) as path,
-            path.open("wb") as file,
-        ):
-            np.save(file, array)
+        with stage.write(shard_name(part, shard, num_shards)) as path:
+            write_npy(path, array)

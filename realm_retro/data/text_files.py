@@ -104,6 +104,11 @@ def document_from(
                 " id; set config.corpus.id_field to another field, or to nothing"
             )
     title = row.get(config.title_field)
+    if isinstance(title, (list, tuple, dict)):
+        raise UserError(
+            f"{origin}: field {config.title_field!r} is {type(title).__name__}, not a"
+            " title; set config.corpus.title_field to another field"
+        )
     values = [str(identity), "" if title is None else str(title), text or ""]
     # JSON can spell half of a surrogate pair, which has no UTF-8 form.
     if any(_SURROGATE.search(value) for value in values):

@@ -99,11 +99,11 @@ def read_config(path: epath.Path, *, compute_dtype: str = "float32") -> BertConf
         ) from None
     except KeyError as error:
         raise UserError(f"{path}: has no {error}: it is not a BERT's") from None
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError, RecursionError) as error:
         raise UserError(f"{path}: is damaged ({error}); download it again") from None
     activation = found.get("hidden_act", "gelu")
     positions = found.get("position_embedding_type", "absolute")
-    if activation not in ACTIVATIONS or positions != "absolute":
+    if str(activation) not in ACTIVATIONS or positions != "absolute":
         known = ", ".join(ACTIVATIONS)
         raise UserError(
             f"{path}: hidden_act={activation!r} with {positions} positions is not"
@@ -116,5 +116,5 @@ def read_config(path: epath.Path, *, compute_dtype: str = "float32") -> BertConf
             epsilon=float(found.get("layer_norm_eps", 1e-12)),
             compute_dtype=compute_dtype,
         )
-    except ValueError as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: {error}") from None

@@ -25,6 +25,7 @@ from typing import IO, Any
 import numpy as np
 from etils import epath
 
+from realm_retro.arrays import NOT_AN_ARRAY
 from realm_retro.errors import UserError
 from realm_retro.typing import HostArray
 
@@ -39,10 +40,8 @@ _BETWEEN = set(
     "MARK APPENDS APPEND MEMOIZE BINPUT LONG_BINPUT FRAME".split()  # noqa: SIM905
 )
 _DAMAGED = (
-    ValueError,
-    TypeError,
-    KeyError,
-    EOFError,
+    *NOT_AN_ARRAY,
+    RuntimeError,  # of an archive with a password
     OSError,
     zlib.error,
     lzma.LZMAError,
@@ -77,7 +76,11 @@ def read(path: epath.PathLike) -> Iterator[str]:
 def _records(path: epath.Path) -> Generator[Any, None, None]:
     name = path.name
     if name.endswith(".npz"):
-        with np.load(os.fspath(path), allow_pickle=False) as arrays:
+        # Opened here: numpy leaves the file of a damaged archive open.
+        with (
+            open(os.fspath(path), "rb") as file,
+            np.load(file, allow_pickle=False) as arrays,
+        ):
             yield from _rows(arrays[ARRAY])
     elif name.endswith(".npy"):
         yield from _npy(path)

@@ -7,6 +7,7 @@ import json
 import safetensors.numpy
 from etils import epath
 
+from realm_retro import disk
 from realm_retro.arrays import flatten
 from realm_retro.errors import UserError
 from realm_retro.interop import bert as bert_lib
@@ -59,11 +60,10 @@ def save(folder: epath.PathLike, kind: str, model: JsonDict, params: Params) -> 
         tensors[f"{HEAD}decoder.weight"] = tokens
     folder.mkdir(parents=True, exist_ok=True)
     # The metadata is what transformers asks for before it reads a file.
-    safetensors.numpy.save_file(
-        tensors, folder / bert_lib.WEIGHTS, metadata={"format": "pt"}
-    )
-    config = json.dumps(_config(kind, model), indent=1)
-    (folder / bert_lib.CONFIG).write_text(config)
+    with disk.replacing(folder / bert_lib.WEIGHTS) as path:
+        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+    with disk.replacing(folder / bert_lib.CONFIG) as path:
+        path.write_text(json.dumps(_config(kind, model), indent=1))
 
 
 def _table(kind: str, shape: BertConfig, model: JsonDict) -> Table:

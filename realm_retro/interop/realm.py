@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
+from realm_retro import disk
 from realm_retro.arrays import ShardedArray, flatten
 from realm_retro.errors import UserError
 from realm_retro.interop import bert as bert_lib
@@ -104,7 +105,7 @@ def load(path: epath.PathLike) -> Published:
     """
     folder = epath.Path(path).expanduser()
     config = folder / bert_lib.CONFIG
-    if not config.exists():
+    if not disk.there(config):
         raise UserError(
             f"{folder}: is not the folder of a checkpoint: it has no {config.name}"
         )
@@ -209,10 +210,13 @@ def _sizes(config: epath.Path) -> JsonDict:
             f"{config}: reader_layer_norm_eps={epsilon} is not supported, only"
             f" {READER_EPSILON}"
         )
-    return {
-        ours: int(found.get(theirs, default))
-        for theirs, (ours, default) in SIZES.items()
-    }
+    try:
+        return {
+            ours: int(found.get(theirs, default))
+            for theirs, (ours, default) in SIZES.items()
+        }
+    except (ValueError, TypeError, OverflowError) as error:
+        raise UserError(f"{config}: is damaged ({error}); download it again") from None
 
 
 def _bert(

@@ -160,7 +160,13 @@ def files_of(path: epath.Path) -> list[epath.Path]:
 def _listed(index: epath.Path) -> list[str]:
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         raise UserError(f"{index}: is damaged ({error}); download it again") from None
     for name in names:
         if not isinstance(name, str) or epath.Path(name).name != name:

@@ -7,6 +7,7 @@ as data), and their raw bytes, which are memory-mapped. Two layouts: a zip archi
 
 from __future__ import annotations
 
+import errno
 import io
 import math
 import os
@@ -33,9 +34,8 @@ _DAMAGED = (
     LookupError,
     AttributeError,
     OverflowError,
-    RecursionError,
     EOFError,
-    NotImplementedError,
+    RuntimeError,  # of an archive with a password
     zipfile.BadZipFile,
     zlib.error,
 )
@@ -70,15 +70,24 @@ def load(path: epath.PathLike) -> dict[str, HostArray]:
         raise UserError(f"{path}: is missing") from None
     except UserError:
         raise
+    except OSError as error:
+        # An archive may name a place before its own beginning.
+        if error.errno != errno.EINVAL:
+            raise
+        raise _refusal(path, error) from None
     except Refused as error:
         raise UserError(
             f"{path}: names {error}, which no plain checkpoint needs and which is not"
             " run; save model.state_dict() of it, or use safetensors"
         ) from None
     except _DAMAGED as error:
-        raise UserError(
-            f"{path}: is damaged, or no PyTorch checkpoint ({error}); download it again"
-        ) from None
+        raise _refusal(path, error) from None
+
+
+def _refusal(path: epath.PathLike, error: Exception) -> UserError:
+    return UserError(
+        f"{path}: is damaged, or no PyTorch checkpoint ({error}); download it again"
+    )
 
 
 def typed(raw: HostArray, dtype: str) -> HostArray:
@@ -103,6 +112,7 @@ def _zipped(file: IO[bytes], whole: HostArray) -> tuple[Any, RawFn]:
     with zipfile.ZipFile(file) as archive:
         members = {info.filename: info for info in archive.infolist()}
         (name,) = (name for name in members if name.endswith("/data.pkl"))
+        _check_stored(members[name])
         folder = name.removesuffix("data.pkl")
         order = f"{folder}byteorder"
         if order in members and archive.read(order) != b"little":
@@ -111,8 +121,7 @@ def _zipped(file: IO[bytes], whole: HostArray) -> tuple[Any, RawFn]:
 
     def raw(storage: Storage) -> HostArray:
         info = members[f"{folder}data/{storage.key}"]
-        if info.compress_type != zipfile.ZIP_STORED:
-            raise ValueError(f"{info.filename} is compressed")
+        _check_stored(info)
         # The bytes stand behind a local header that ends in a name and an extra field.
         header = bytes(whole[info.header_offset : info.header_offset + 30])
         if header[:4] != _ZIP_MAGIC:
@@ -123,6 +132,12 @@ def _zipped(file: IO[bytes], whole: HostArray) -> tuple[Any, RawFn]:
         return whole[start : start + info.file_size]
 
     return found, raw
+
+
+def _check_stored(info: zipfile.ZipInfo) -> None:
+    # torch compresses nothing; a few bytes could stand for more than memory holds.
+    if info.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(f"{info.filename} is compressed")
 
 
 def _legacy(file: IO[bytes], whole: HostArray) -> tuple[Any, RawFn]:

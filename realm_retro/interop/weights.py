@@ -16,7 +16,7 @@ import safetensors.numpy
 from etils import epath
 
 from realm_retro import artifacts, progress
-from realm_retro.arrays import ShardedArray, flatten, unflatten
+from realm_retro.arrays import ShardedArray, flatten, unflatten, write_npy
 from realm_retro.errors import UserError
 from realm_retro.interop.realm import Published
 from realm_retro.interop.tensors import read_safetensors
@@ -122,8 +122,8 @@ def _write_vectors(stage: artifacts.Stage, vectors: HostArray | ShardedArray) ->
         for number, name in enumerate(shard_names(len(vectors))):
             rows = vectors[number * _SHARD : (number + 1) * _SHARD]
             if not stage.has(name):
-                with stage.write(name) as path, path.open("wb") as file:
-                    np.save(file, np.asarray(rows), allow_pickle=False)
+                with stage.write(name) as path:
+                    write_npy(path, rows)
             bar.update(len(rows))
 
 

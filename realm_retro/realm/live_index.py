@@ -223,6 +223,10 @@ class LiveIndex:
         hosts.barrier(f"the index of step {step} is made")
         return made or self._swapper.follow(step)
 
+    def _verified(self, version: Version) -> InUse:
+        """As `_made`, of a version that others made, whose checksums are compared."""
+        return self._made(refresh.open_version(self._root, version.step))
+
     def _made(self, version: Version) -> InUse:
         """The index of a version; takes long, and reads all vectors."""
         vectors = refresh.load_vectors(version)
@@ -288,7 +292,7 @@ class LiveIndex:
         begin = self._decided(loop, version.step if version else -1)
         if begin >= 0:
             version = version or self._swapper.follow(begin)
-            self._building = self._pool.submit(self._made, version)
+            self._building = self._pool.submit(self._verified, version)
         built = main and self._is_built(loop, wait=stale)
         if self._decided(loop, built) and self._building is not None:
             new, self._building = self._building.result(), None
@@ -319,7 +323,14 @@ class LiveIndex:
         seconds = self._settings.poll_seconds
         while wait and not self._building.done() and not lockstep.told_to_stop(loop):
             futures.wait([self._building], timeout=seconds)
-        return self._building.done()
+        if not self._building.done():
+            return False
+        error = self._building.exception()
+        if isinstance(error, UserError) and self._in_use is not None:
+            self._building = None
+            self._swapper.refuse(error, self._in_use.version)
+            return False
+        return True
 
     def _decided(self, loop: LoopState, decision: int) -> int:
         step, params = loop.step, loop.state.params

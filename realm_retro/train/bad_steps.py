@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 import numpy as np
 from etils import epath
 
+from realm_retro import disk
 from realm_retro.errors import UserError
 from realm_retro.parallel import hosts
 from realm_retro.train.config import TrainConfig
@@ -112,7 +113,7 @@ class BadSteps:
             "weight_norm": _number(values["weight_norm"][0]),
             "examples": {name: np.asarray(x).tolist() for name, x in examples.items()},
         }
-        with self._path.open("a") as file:
+        with disk.named_errors(self._path), self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
 
 

@@ -4,6 +4,10 @@ A checkpoint is a folder named by its step with three items: ``params``, ``opt_s
 and ``meta`` (JSON). They are apart so that evaluation reads the weights alone. Orbax
 writes a folder under another name, or without its mark of success, until it is whole,
 and does not see such a folder again: a half-written checkpoint is never restored.
+
+Beside what the training wants to know again, ``meta`` holds the sums of all arrays
+(`realm_retro.train.sums`), the fingerprint of the run's settings, and its own checksum:
+a changed number and another run's checkpoint are refused.
 """
 
 from __future__ import annotations
@@ -11,9 +15,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -22,15 +27,17 @@ import orbax.checkpoint as ocp
 from etils import epath
 from jax.sharding import Mesh
 
+from realm_retro import artifacts, disk
 from realm_retro.errors import UserError
-from realm_retro.train import guard
+from realm_retro.train import guard, sums
 from realm_retro.train import state as states
 from realm_retro.train.state import TrainState
 from realm_retro.typing import Array, JsonDict, PyTree
 
 FOLDER = "checkpoints"
-# The state's few scalars lie in the item `meta`.
-_HEALTH = "health"
+# Of `meta`, beside what the training wants to know again. The state's few scalars lie
+# there too.
+_SUMS, _RUN, _HEALTH = "sums", "run", "health"
 
 
 class Checkpoints:
@@ -44,6 +51,7 @@ class Checkpoints:
           keep: how many of the newest stay; None opens it for reading only.
         """
         _hush_threads()
+        self._run = artifacts.request_of(run_dir)
         self.directory = epath.Path(run_dir).absolute() / FOLDER
         self._manager = ocp.CheckpointManager(
             self.directory,
@@ -80,15 +88,20 @@ class Checkpoints:
           state: what to save; each host writes its own shards.
           meta: what else a later run wants to know.
         """
+        arrays = {"params": state.params, "opt_state": state.opt_state}
+        meta = {
+            **meta,
+            _SUMS: {name: sums.of(tree) for name, tree in arrays.items()},
+            _RUN: self._run,
+            _HEALTH: guard.as_meta(state.health),
+        }
         with _disk_errors(self.directory):
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
                     params=ocp.args.StandardSave(state.params),
                     opt_state=ocp.args.StandardSave(state.opt_state),
-                    meta=ocp.args.JsonSave(
-                        {**meta, _HEALTH: guard.as_meta(state.health)}
-                    ),
+                    meta=ocp.args.JsonSave(artifacts.seal(meta)),
                 ),
                 force=True,
             )
@@ -106,7 +119,7 @@ class Checkpoints:
           abstract: the shapes, dtypes and shardings wanted.
 
         Raises:
-          UserError: it is damaged, or of another model.
+          UserError: it is damaged, or of another model or run.
         """
         with self._reading(step):
             self._check_model(step, abstract.params)
@@ -118,8 +131,8 @@ class Checkpoints:
                     meta=ocp.args.JsonRestore(),
                 ),
             )
+            meta = self._checked(step, found, ("params", "opt_state"))
         count = jax.device_put(np.int32(step), abstract.step.sharding)
-        meta = dict(found["meta"])
         health = guard.from_meta(meta.pop(_HEALTH, None), abstract.health)
         return TrainState(count, found["params"], found["opt_state"], health), meta
 
@@ -129,8 +142,12 @@ class Checkpoints:
             self._check_model(step, abstract)
             found = self._manager.restore(
                 step,
-                args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)),
+                args=ocp.args.Composite(
+                    params=ocp.args.StandardRestore(abstract),
+                    meta=ocp.args.JsonRestore(),
+                ),
             )
+            self._checked(step, found, ("params",))
         return found["params"]
 
     def parts(self, step: int) -> tuple[str, ...]:
@@ -144,12 +161,33 @@ class Checkpoints:
             yield
         except UserError:
             raise
-        except (ValueError, KeyError, TypeError, OSError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+            path = self.directory / str(step)
+            if code := disk.error_code(error):
+                raise OSError(code, os.strerror(code), str(path)) from error
             reason = " ".join(str(error).split())[:300]
             raise UserError(
-                f"{self.directory / str(step)}: cannot be read, it is damaged; delete"
-                f" it to go on from the checkpoint before it ({reason})"
+                f"{path}: cannot be read, it is damaged; delete it to go on from the"
+                f" checkpoint before it ({reason})"
             ) from error
+
+    def _checked(self, step: int, found: Any, names: Sequence[str]) -> JsonDict:
+        """The meta of what was read, if it is what was saved, and by this run."""
+        meta = dict(found["meta"])
+        if not artifacts.is_intact(meta):
+            raise ValueError("the checksum of meta differs")
+        # Checkpoints of earlier releases have none of these.
+        meta.pop(artifacts.CHECKSUM, None)
+        before, run = meta.pop(_SUMS, {}), meta.pop(_RUN, None)
+        if None not in (run, self._run) and run != self._run:
+            raise UserError(
+                f"{self.directory / str(step)}: was saved by a run with other settings"
+                " or data; delete it, or name its own run with --config.name"
+            )
+        for name in names:
+            if wrong := sums.changed(before.get(name, {}), sums.of(found[name])):
+                raise ValueError(f"the numbers of {name}{wrong[0]} differ")
+        return meta
 
     def _check_model(self, step: int, abstract: PyTree) -> None:
         there = _shapes(self._manager.item_metadata(step)["params"].tree)
@@ -186,7 +224,7 @@ def restore_params(
     """
     directory = epath.Path(run_dir) / FOLDER
     again = "run: python -m realm_retro.cli.train"
-    if not directory.exists():
+    if not disk.there(directory):
         raise UserError(f"{directory}: there is no checkpoint; {again}")
     with Checkpoints(run_dir) as checkpoints:
         step = checkpoints.latest() if step is None else step
@@ -199,7 +237,7 @@ def restore_params(
 
 def parts(run_dir: epath.PathLike) -> tuple[str, ...]:
     """Names of the first level of a run's weights; none without a checkpoint."""
-    if not (epath.Path(run_dir) / FOLDER).exists():
+    if not disk.there(epath.Path(run_dir) / FOLDER):
         return ()
     with Checkpoints(run_dir) as checkpoints:
         step = checkpoints.latest()
@@ -215,7 +253,8 @@ def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
 def _disk_errors(directory: epath.Path) -> Iterator[None]:
     # A full disk comes out of the storage library as an error of another kind.
     try:
-        yield
+        with disk.named_errors(directory):
+            yield
     except Exception as error:
         if not _tells_full_disk(str(error)):
             raise
@@ -231,7 +270,7 @@ def _tells_full_disk(text: str) -> bool:
 
 @functools.cache
 def _hush_threads() -> None:
-    """Keeps the storage library's threads from telling of a full disk as well.
+    """Keeps the storage library's threads from telling of the disk's errors as well.
 
     Each of them writes a traceback, hundreds of lines in all, before `_disk_errors`
     says it in one. Files that were still being written then find the loop closed that
@@ -242,7 +281,9 @@ def _hush_threads() -> None:
         while error is not None:
             text = f"{text} {error}"
             error = error.__cause__ or error.__context__
-        return not _tells_full_disk(text) and "Event loop is closed" not in text
+        told = disk.error_code(Exception(text)) is not None
+        told = told or _tells_full_disk(text)
+        return not told and "Event loop is closed" not in text
 
     def from_log(record: logging.LogRecord) -> bool:
         error = record.exc_info[1] if record.exc_info else None

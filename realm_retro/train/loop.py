@@ -14,6 +14,7 @@ import jax
 from etils import epath
 from jax.sharding import Mesh
 
+from realm_retro import artifacts
 from realm_retro.artifacts import Stage
 from realm_retro.errors import UserError
 from realm_retro.parallel import hosts
@@ -94,6 +95,7 @@ def train(
     }
     stage, started = _open(run_dir, decisive, recipe.fingerprint), time.perf_counter()
     if stage.finished:
+        _check_manifest(stage.directory)
         report(f"{stage.directory}: training is complete ({config.steps} steps)")
         return Outcome(True, config.steps, 0.0)
     report(recipe.description)
@@ -226,6 +228,20 @@ def _open(run_dir: epath.PathLike, settings: JsonDict, data: str) -> Stage:
         except UserError as error:
             again = "or give this run its own --config.name"
             raise UserError(f"{error}, {again}") from None
+
+
+def _check_manifest(run_dir: epath.Path) -> None:
+    try:
+        artifacts.load(
+            run_dir, kind=KIND, format_version=FORMAT_VERSION, made_by=MADE_BY
+        )
+    except UserError as error:
+        # Deleting the folder, as for other artefacts, would delete the training.
+        problem = str(error).partition(";")[0]
+        raise UserError(
+            f"{problem}; delete {run_dir / artifacts.MANIFEST} and run the same command"
+            " again, it goes on from the last checkpoint"
+        ) from None
 
 
 @contextlib.contextmanager

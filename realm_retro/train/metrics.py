@@ -14,6 +14,7 @@ from etils import epath
 from jax.sharding import Mesh
 from tensorboardX import SummaryWriter
 
+from realm_retro import disk
 from realm_retro.train.config import TrainConfig
 from realm_retro.train.recipe import Recipe
 from realm_retro.train.step import Metrics
@@ -135,28 +136,34 @@ class MetricsLog:
           run_dir: the folder of the run.
           resumed_at: the step of the checkpoint; records after it will come again.
         """
-        path = run_dir / FILE
-        cut_after(path, resumed_at)
-        self._file = path.open("a")
+        self._path = run_dir / FILE
+        cut_after(self._path, resumed_at)
+        self._file = self._path.open("a")
+        # An endless queue: where the disk is full its thread dies, and a full one
+        # would be waited for for ever. `write` meets the same error.
         self._board = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=resumed_at + 1
+            str(run_dir / "tensorboard"), purge_step=resumed_at + 1, max_queue=0
         )
 
     def __enter__(self) -> MetricsLog:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
-        self._board.close()
+        with disk.named_errors(self._path):
+            try:
+                self._file.close()
+            finally:
+                self._board.close()
 
     def write(self, record: Mapping[str, float]) -> None:
         """Writes one record, at once, so that a killed run keeps it."""
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        for name, value in record.items():
-            if name != "step":
-                self._board.add_scalar(name, value, int(record["step"]))
-        self._board.flush()
+        with disk.named_errors(self._path):
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+            for name, value in record.items():
+                if name != "step":
+                    self._board.add_scalar(name, value, int(record["step"]))
+            self._board.flush()
 
 
 def format_line(record: Mapping[str, float], steps: int) -> str:
@@ -196,16 +203,15 @@ def cut_after(path: epath.Path, step: int) -> None:
     """
     if not path.exists():
         return
-    lines = path.read_text().splitlines(keepends=True)
+    lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
     if kept != lines:
-        temporary = path.parent / f"{path.name}.tmp"
-        temporary.write_text("".join(kept))
-        temporary.replace(path)
+        with disk.replacing(path) as temporary:
+            temporary.write_bytes(b"".join(kept))
 
 
-def _step_of(line: str) -> float:
+def _step_of(line: bytes) -> float:
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
+        return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
+    except (ValueError, LookupError, TypeError, RecursionError):
         return math.inf

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from realm_retro.arrays import open_npy, release
+from realm_retro.arrays import open_npy, release, write_npy
 from realm_retro.artifacts import Manifest, Stage
 from realm_retro.retrieval.index import base
 from realm_retro.typing import Array, HostArray, JsonDict
@@ -80,8 +80,8 @@ class ExactIndex:
     def save(self, stage: Stage) -> None:
         """Writes the vectors and ids."""
         for name, array in ((_VECTORS, self.vectors), (_IDS, self.ids)):
-            with stage.write(name) as path, path.open("wb") as file:
-                np.save(file, array, allow_pickle=False)
+            with stage.write(name) as path:
+                write_npy(path, array)
 
     def describe(self) -> JsonDict:
         """Nothing to tune."""

@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from realm_retro.arrays import open_npy
+from realm_retro.arrays import open_npy, write_npy
 from realm_retro.artifacts import Manifest, Stage
+from realm_retro.disk import named_errors
 from realm_retro.errors import UserError
 from realm_retro.retrieval.index import base
 from realm_retro.retrieval.index.probe import scann_problem
@@ -184,11 +185,12 @@ class ScannIndex:
         folder.mkdir(exist_ok=True)
         # Relative paths inside, so that the folder may move; our own ids beside it,
         # because ScaNN would pickle them.
-        self.searcher.serialize(os.fspath(folder), relative_path=True)
+        with named_errors(folder):
+            self.searcher.serialize(os.fspath(folder), relative_path=True)
         for path in sorted(folder.iterdir()):
             stage.adopt(f"{_FOLDER}/{path.name}")
-        with stage.write(_IDS) as path, path.open("wb") as file:
-            np.save(file, self.ids, allow_pickle=False)
+        with stage.write(_IDS) as path:
+            write_npy(path, self.ids)
 
     def describe(self) -> JsonDict:
         """What `load` needs beside the files."""

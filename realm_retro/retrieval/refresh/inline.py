@@ -73,6 +73,7 @@ def refresh_inline(
         report=report,
     )
     wanted = {**target.parents, "snapshot": snapshot.fingerprint}
+    there = step in folder.steps(path / folder.VERSIONS)
     while step not in folder.steps(path / folder.VERSIONS):
         did = worker.step()
         if did is Did.NOTHING:
@@ -80,7 +81,8 @@ def refresh_inline(
             snapshots.open_snapshot(root, step, parents=parents)
         if did in (Did.NOTHING, Did.WAIT):
             time.sleep(poll_seconds)
-    return versions.open_version(root, step, parents=wanted, verify=False)
+    # What was just made need not be read again.
+    return versions.open_version(root, step, parents=wanted, verify=there)
 
 
 def finished_version(
@@ -118,7 +120,7 @@ def finished_version(
         return None
     wanted = {**parents, "snapshot": snapshot.fingerprint}
     try:
-        return versions.open_version(root, step, parents=wanted, verify=False)
+        return versions.open_version(root, step, parents=wanted)
     except UserError as error:
         problem = str(error).partition(";")[0]  # the rest sends the user to a worker
         raise UserError(

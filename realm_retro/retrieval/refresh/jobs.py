@@ -141,8 +141,12 @@ def num_workers(root: pathlib.Path) -> int:
 
 def _read(path: pathlib.Path) -> JsonDict:
     try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+        plan = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        plan = error
+    if not isinstance(plan, dict) or "must_finish" not in plan:
         raise UserError(
-            f"{path}: is not JSON ({error}); delete {path.parent}, it is made again"
-        ) from None
+            f"{path}: is no plan ({str(plan)[:80]}); delete {path.parent}, it is made"
+            " again"
+        )
+    return plan

@@ -65,7 +65,7 @@ class Snapshot:
         path = self.manifest.path(_FILE)
         try:
             return safetensors.numpy.load(path.read_bytes())
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, LookupError, ValueError, TypeError) as error:
             raise UserError(
                 f"{path}: is not a safetensors file ({error}); delete"
                 f" {self.manifest.directory}, the trainer publishes another"

@@ -43,8 +43,9 @@ class Swapper:
           poll_seconds: the folder is listed at most this often.
           owner: the name of the mark that keeps versions from being deleted.
           marks: whether it writes one; of several processes the one that decides.
-          verify: recompute the checksums of a new version before it is taken. Its
-            sizes are always compared, and its worker has just computed them.
+          verify: recompute the checksums of a new version before it is taken; sizes
+            are always compared. It takes long: a caller that reads all vectors in a
+            thread can do it there, and `refuse` the version afterwards.
           report: takes one line.
         """
         self._root = folder.local(root)
@@ -64,6 +65,19 @@ class Swapper:
         """Makes a version the current one: the first, an inline one, or on a resume."""
         self._mark(version.step)
         self._use(version)
+
+    def refuse(self, error: UserError, instead: Version) -> None:
+        """Gives the current version up: it proved damaged when it was read whole.
+
+        Args:
+          error: says so.
+          instead: the version that stays in use.
+        """
+        assert self.current is not None
+        self._refused.add(self.current.step)
+        self._report(f"{error}; the index in use stays (step {instead.step})")
+        self.current = instead
+        self._mark()
 
     def hold(self, steps: Iterable[int]) -> None:
         """Keeps versions that a restart will ask for, besides the current one.

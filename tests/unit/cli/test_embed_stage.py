@@ -242,8 +242,7 @@ def test_chunks_that_were_read_are_let_go(chunks):
     assert store.texts(rows)
     files = [p for name in ("tokens", "chunks") for p in chunks.glob(f"{name}-*.npy")]
     assert all(held(path) for path in files)
-    assert embed_cli.texts(store, rows) == store.texts(rows[:-1]) + store.texts(
-        rows[-1:]
-    )
+    parts = store.texts(rows[:-1]) + store.texts(rows[-1:])
+    assert embed_cli.texts(store, rows) == parts
     embed_cli.texts(store, rows)
     assert not any(held(path) for path in files)

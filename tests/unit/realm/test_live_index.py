@@ -235,6 +235,32 @@ def test_a_damaged_version_is_refused_in_one_line(root):
     assert "the index in use stays (step 0)" in said[0]
 
 
+def test_a_flipped_bit_is_found_in_the_thread_that_builds(root):
+    training = Training(root, mode="workers")
+    training.steps(0, 3)
+    training.published(3)
+    training.work()
+    path = root / "versions" / "step-00000003" / "vectors-00000-of-00003.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    deadline = time.monotonic() + PATIENCE
+    while not (said := [line for line in training.lines if "is damaged" in line]):
+        assert time.monotonic() < deadline, "it is never noticed"
+        time.sleep(0.01)
+        training.after(3)
+    assert len(said) == 1
+    assert str(path) in said[0]
+    assert "the index in use stays (step 0)" in said[0]
+    assert_is(training.start(3), 0)
+    # The next one is taken.
+    training.steps(4, 6)
+    training.published(6)
+    training.work()
+    training.until(7, 6)
+    assert_is(training.start(7), 6)
+
+
 def test_an_error_while_publishing_comes_up(root):
     training = Training(root, mode="workers", every=1)
     training.start()

@@ -1,3 +1,4 @@
+import json
 import os
 import pathlib
 import re
@@ -10,6 +11,7 @@ import jax
 import pytest
 import toy_training as toy
 
+from realm_retro import artifacts
 from realm_retro.errors import UserError
 from realm_retro.train import optim, state
 from realm_retro.train.checkpoint import FOLDER, Checkpoints, restore_params
@@ -93,6 +95,29 @@ def test_a_half_written_checkpoint_is_ignored(run_dir):
         assert checkpoints.latest() == 3
     _, step = restore_params(run_dir, toy.make_recipe().init, toy.mesh_of(1, 1, 1))
     assert step == 3
+
+
+@pytest.mark.parametrize(
+    ("seal", "reason"),
+    [
+        (artifacts.seal, r"the numbers of opt_state.* differ"),
+        (lambda meta: meta, "the checksum of meta differs"),
+    ],
+)
+def test_other_numbers_than_were_saved_are_an_error(run_dir, seal, reason):
+    path = run_dir / FOLDER / "3" / "meta" / "metadata"
+    meta = json.loads(path.read_text())
+    if seal is artifacts.seal:
+        del meta[artifacts.CHECKSUM]
+    name = sorted(meta["sums"]["opt_state"])[-1]
+    meta["sums"]["opt_state"][name] = meta["sums"]["opt_state"][name][:-8] + "0123abcd"
+    path.write_text(json.dumps(seal(meta)))
+    mesh = toy.mesh_of(1, 1, 1)
+    with (
+        Checkpoints(run_dir) as checkpoints,
+        pytest.raises(UserError, match=rf"checkpoints/3: .* damaged; .*{reason}"),
+    ):
+        checkpoints.restore(3, plan(mesh)[2])
 
 
 def test_a_checkpoint_without_weights_is_an_error_and_not_skipped(run_dir):

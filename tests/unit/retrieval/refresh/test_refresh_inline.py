@@ -61,3 +61,13 @@ def test_a_finished_version_is_of_the_same_weights_and_passages(tmp_path):
     assert finished(tmp_path, toy.arrays(3)) == version
     assert finished(tmp_path, toy.arrays(4)) is None
     assert finished(tmp_path, toy.arrays(3), {"passages": "b" * 64}) is None
+
+
+@pytest.mark.parametrize("again", [finished, lambda root, arrays: refreshed(root, 3)])
+def test_a_finished_version_with_a_flipped_bit_is_refused(tmp_path, again):
+    path = refreshed(tmp_path, 3).manifest.path(toy.TARGET.names()[1])
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=f"{path}: is damaged .*; delete {tmp_path}"):
+        again(tmp_path, toy.arrays(3))
