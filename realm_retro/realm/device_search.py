@@ -18,6 +18,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from realm_retro.data.passages import PassageStore
+from realm_retro.parallel import axes
 from realm_retro.parallel import mesh as meshes
 from realm_retro.realm import model, objective, packing
 from realm_retro.realm.config import RealmConfig
@@ -136,6 +137,8 @@ def loss_fn(config: RealmConfig, settings: PretrainConfig, mesh: Mesh, size: int
                 wanted + settings.extra,
                 recall_target=settings.recall_target,
             )
+            # The search gives every device all hits; each goes on with its own.
+            hits = axes.constrain(hits, ("batch", None))
             chosen, own, copies = _choose(hits, batch, wanted, settings.copied)
             ready = {**batch, **_assemble(chosen, batch, config)}
             total, weight, metrics = objective.pretrain_loss(
