@@ -85,8 +85,15 @@ def compiled(traced: Any, flops: Flops, mesh: Mesh, place: Topology) -> JsonDict
 
 def needed_bytes(message: str) -> int | None:
     """Bytes of memory that the compiler says it would need; None for other errors."""
-    found = re.search(r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm", message)
-    return round(float(found[1]) * _UNITS.get(found[2], 1)) if found else None
+    found = re.search(
+        r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"
+        r"|required for HLO temporaries \(([\d.]+)([KMGT]?)\)",
+        message,
+    )
+    if found is None:
+        return None
+    size, unit = (group for group in found.groups() if group is not None)
+    return round(float(size) * _UNITS.get(unit, 1))
 
 
 def largest_buffers(message: str) -> list[JsonDict]:
