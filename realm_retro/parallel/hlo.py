@@ -192,8 +192,9 @@ class Program:
                 if one.kind in _FREE:
                     continue
                 for shape in _arrays(one.shape):
+                    key = shape.split("{")[0], one.source
                     size = shape_bytes(shape, everywhere=False)
-                    found[shape.split("{")[0], one.source] = size
+                    found[key] = max(size, found.get(key, 0))
         ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
         return [(size, shape, source) for (shape, source), size in ranked[:count]]
 

@@ -18,13 +18,13 @@ from realm_retro.train.flop_count import Flops
 PLACE = topology.parse("v5e:2x4")
 MODEL = {
     "vocab_size": 512,
-    "num_layers": 4,
+    "num_layers": 2,
     "model_dim": 32,
     "num_heads": 2,
     "head_dim": 16,
     "ffw_dim": 64,
     "chunk_length": 16,
-    "cca_layers": (2, 4),
+    "cca_layers": (2,),
     "encoder_layers": 1,
     "encoder_dim": 16,
     "encoder_num_heads": 1,
@@ -112,15 +112,20 @@ def test_a_plan_is_json(tiny):
 
 
 def test_replicated_weights_are_named():
-    config = retro(model={"model_dim": 512, "ffw_dim": 1024}, mesh={"fsdp": 1, "data": -1})
-    whole = planned(config)["memory"]["whole"]
-    assert any(name.startswith("moments") for name in whole)
-    text = "\n".join(plan_report.lines(planned(config)))
-    assert "whole on every chip: parameters['params']['embed']['table']" in text
+    model = {"vocab_size": 4096, "model_dim": 128, "cca_layers": ()}
+    found = planned(retro(model=model, mesh={"fsdp": 1, "data": -1}))
+    table, size = "['params']['embed']['table']", 4096 * 128 * 4
+    whole = found["memory"]["whole"]
+    assert [n for n in whole if n.startswith("parameters")] == [f"parameters{table}"]
+    assert set(whole.values()) == {size}
+    assert len([name for name in whole if name.startswith("moments")]) == 2
+    text = "\n".join(plan_report.lines(found))
+    assert f"whole on every chip: parameters{table}, 0.002 GB" in text
 
 
 def test_a_state_that_is_too_large_does_not_fit():
-    config = retro(model={"model_dim": 4096, "ffw_dim": 2**20})
+    model = {"model_dim": 4096, "ffw_dim": 2**20, "cca_layers": ()}
+    config = retro(model=model)
     found = planned(config)
     assert found["fits"] is False
     assert found["verdict"].startswith("DOES NOT FIT")
