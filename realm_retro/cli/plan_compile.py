@@ -11,7 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from realm_retro.cli.plan_task import Task
-from realm_retro.parallel import hlo, topology
+from realm_retro.parallel import hlo, hlo_traffic, topology
 from realm_retro.parallel.hlo import Collective
 from realm_retro.parallel.topology import Topology
 from realm_retro.train import flop_count
@@ -72,12 +72,12 @@ def compiled(traced: Any, flops: Flops, mesh: Mesh, place: Topology) -> JsonDict
         "seconds": seconds,
         "needed": sum(parts.values()),
         **parts,
-        "traffic": program.traffic(),
+        "traffic": hlo_traffic.traffic(program),
         "repeated": once / flops.once if flops.once else 0.0,
         **_communication(program.collectives(mesh.size), mesh, place),
         "arrays": [
             {"bytes": size, "shape": shape, "source": source}
-            for size, shape, source in program.largest(_LISTED)
+            for size, shape, source in hlo_traffic.largest(program, _LISTED)
         ],
         "unknown_loops": program.unknown_loops(),
     }

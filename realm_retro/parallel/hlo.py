@@ -1,4 +1,4 @@
-"""Reads a compiled program's text: what its devices send each other and move in memory.
+"""Reads a compiled program's text: its loops, and what its devices send each other.
 
 The text says what a loop's body does once, and how often the loop runs; both are put
 together here. It is the text of one device, whose shapes are that device's shares.
@@ -29,15 +29,7 @@ KINDS = (
     "all-to-all",
     "collective-permute",
 )
-# They name, group or alias arrays and move nothing; what loops and calls do is counted
-# in what they call.
-_FREE = frozenset(
-    "parameter constant tuple get-tuple-element bitcast while call conditional"
-    " after-all partition-id replica-id opt-barrier domain async-start async-update"
-    " async-done copy-done all-gather-done all-reduce-done collective-permute-done"
-    " add-dependency".split()
-)
-_ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](\{[^{}]*\})?")
+ARRAY = re.compile(r"([a-z]+\d*\w*)\[([\d,]*)\](\{[^{}]*\})?")
 _HEADER = re.compile(r"^(ENTRY )?%?([\w.\-]+) .*\{$")
 _NAME = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = ")
 _CALLED = re.compile(
@@ -173,31 +165,6 @@ class Program:
                 )
         return [one for one in found if len(one.group) > 1]
 
-    def traffic(self) -> float:
-        """Bytes that a device reads and writes in its main memory.
-
-        What a fused computation keeps to itself never gets there, nor what XLA has put
-        into another memory space (``S(1)``: the cores' own).
-        """
-        return sum(
-            times * sum(self._moved(name, one) for one in self.computations[name].values())
-            for name, times in self.runs().items()
-        )
-
-    def largest(self, count: int) -> list[tuple[int, str, str]]:
-        """The largest arrays that are made in memory: bytes, shape and source."""
-        found: dict[tuple[str, str], int] = {}
-        for name in self.runs():
-            for one in self.computations[name].values():
-                if one.kind in _FREE:
-                    continue
-                for shape in _arrays(one.shape):
-                    key = shape.split("{")[0], one.source
-                    size = shape_bytes(shape, everywhere=False)
-                    found[key] = max(size, found.get(key, 0))
-        ranked = sorted(found.items(), key=lambda item: (-item[1], item[0]))
-        return [(size, shape, source) for (shape, source), size in ranked[:count]]
-
     def _add_runs(self, name: str, times: int, counts: dict[str, int]) -> None:
         counts[name] = counts.get(name, 0) + times
         for instruction in self.computations[name].values():
@@ -252,62 +219,6 @@ class Program:
                 if called in self.computations:
                     yield from self._below(called)
 
-    def _moved(self, computation: str, one: Instruction) -> float:
-        body = self.computations[computation]
-        if one.kind in _FREE:
-            return 0
-        written = shape_bytes(one.shape, everywhere=False)
-        if one.kind == "dynamic-update-slice":
-            # In place: what is not updated is not touched.
-            return 2 * shape_bytes(body[one.operands[1]].shape, everywhere=False)
-        if one.kind in ("dynamic-slice", "slice", "gather", "iota", "broadcast"):
-            return 2 * written
-        if one.kind == "fusion":
-            return self._fused(body, one)
-        read = sum(
-            shape_bytes(body[operand].shape, everywhere=False)
-            for operand in set(one.operands)
-            if operand in body
-        )
-        return read + written
-
-    def _fused(self, body: Mapping[str, Instruction], one: Instruction) -> float:
-        """A fusion reads of an operand what it slices, and updates in place."""
-        inner = self.computations[one.called[0]]
-        users: dict[str, list[Instruction]] = {}
-        for instruction in inner.values():
-            for operand in instruction.operands:
-                users.setdefault(operand, []).append(instruction)
-        total = 0.0
-        in_place = 0
-        for instruction in inner.values():
-            if instruction.kind == "dynamic-update-slice":
-                update = inner[instruction.operands[1]]
-                whole = shape_bytes(instruction.shape, everywhere=False)
-                in_place += whole - shape_bytes(update.shape, everywhere=False)
-            if instruction.kind != "parameter":
-                continue
-            uses = users.get(instruction.name, [])
-            operand = one.operands[int(instruction.attributes)]
-            if operand not in body:
-                continue
-            size = shape_bytes(body[operand].shape, everywhere=False)
-            if uses and all(use.kind in _SLICES for use in uses):
-                size = min(size, sum(_sliced(use, instruction.name) for use in uses))
-            total += size
-        return total + max(shape_bytes(one.shape, everywhere=False) - in_place, 0)
-
-
-_SLICES = ("dynamic-slice", "slice", "gather", "dynamic-update-slice")
-
-
-def _sliced(use: Instruction, name: str) -> int:
-    if use.kind == "dynamic-update-slice":
-        # Its first operand is the array that is updated; the second is read whole.
-        return 0 if use.operands[0] == name else shape_bytes(use.shape)
-    return shape_bytes(use.shape)
-
-
 def parse(text: str) -> Program:
     """Reads the text of a compiled program, ``compiled.as_text()``.
 
@@ -339,7 +250,7 @@ def shape_bytes(shape: str, *, everywhere: bool = True) -> int:
       everywhere: count arrays too that lie outside the main memory.
     """
     total = 0
-    for kind, sizes, layout in _ARRAY.findall(shape):
+    for kind, sizes, layout in ARRAY.findall(shape):
         if everywhere or not re.search(r"S\([1-9]", layout):
             elements = math.prod(int(size) for size in sizes.split(",") if size)
             total += elements * _bits(kind) // 8
@@ -351,11 +262,6 @@ def _bits(kind: str) -> int:
         return _BITS[kind]
     found = re.search(r"\d+", kind)
     return int(found[0]) if found else 0
-
-
-def _arrays(shape: str) -> Iterator[str]:
-    for kind, sizes, layout in _ARRAY.findall(shape):
-        yield f"{kind}[{sizes}]{layout}"
 
 
 def _instruction(line: str) -> Instruction | None:

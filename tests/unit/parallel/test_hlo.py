@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from realm_retro.parallel import hlo
+from realm_retro.parallel import hlo, hlo_traffic
 from realm_retro.parallel.mesh import MeshConfig, make_mesh
 
 PROGRAM = """\
@@ -91,7 +91,7 @@ def test_memory_is_moved_by_what_is_sliced_and_not_fused(program):
     # the copy goes to the core's own memory; the gather; a sum of two numbers.
     turn = (layer + 4 + layer) + layer + (x + gathered) + 12
     # The condition compares two numbers; outside three collectives of 8 numbers.
-    assert program.traffic() == 12 * (turn + 9) + 3 * 64
+    assert hlo_traffic.traffic(program) == 12 * (turn + 9) + 3 * 64
 
 
 def test_a_trip_count_that_is_written_down_wins(program):
@@ -127,7 +127,7 @@ def test_bytes_of_a_shape(shape, size):
 
 
 def test_the_largest_arrays(program):
-    (size, shape, _), *_ = program.largest(3)
+    (size, shape, _), *_ = hlo_traffic.largest(program, 3)
     assert (size, shape) == (256 * 128 * 4, "f32[256,128]")
 
 
@@ -161,4 +161,4 @@ def test_a_program_of_this_compiler():
     gather = by_kind["all-gather"]
     assert (gather.times, gather.payload) == (5, 32 * 32 * 4)
     assert (by_kind["all-reduce"].times, by_kind["all-reduce"].bytes) == (1, 4)
-    assert found.traffic() > 5 * 32 * 32 * 4
+    assert hlo_traffic.traffic(found) > 5 * 32 * 32 * 4
