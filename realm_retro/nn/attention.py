@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from realm_retro.nn.layers import Projection
+from realm_retro.parallel import axes
 from realm_retro.typing import Array, Bool, Float, Int
 
 # Finite, so that a row without any key gives zeros and not NaN (see `softmax_terms`).
@@ -205,7 +206,7 @@ class RelativeAttention(nn.Module):
 
     def keys_values(self, source: Float[Array, "*b keys width"]) -> KeyValues:
         """Projects what is attended to."""
-        return KeyValues(self.key(source), self.value(source))
+        return KeyValues(_by_heads(self.key(source)), _by_heads(self.value(source)))
 
     def relative_keys(
         self, num_queries: int, num_distances: int, offset: int
@@ -241,7 +242,7 @@ class RelativeAttention(nn.Module):
           may see nothing.
         """
         scale = self.head_dim**-0.5
-        query = self.query(x)
+        query = _by_heads(self.query(x))
         queries = Queries(
             _add(query, self.content_bias) * scale,
             _add(query, self.position_bias) * scale,
@@ -250,7 +251,13 @@ class RelativeAttention(nn.Module):
             y = attend_causally(queries, source, relative, mask)
         else:
             y = attend(queries, source, relative, mask, repeats=repeats)
-        return self.output(y)
+        return self.output(_by_heads(y))
+
+
+def _by_heads(x: Array) -> Array:
+    """``[batch, …, heads, head_dim]``, laid out by rows of the batch and by heads."""
+    between = (None,) * (x.ndim - 3)
+    return axes.constrain(x, ("batch", *between, "heads", "head_dim"))
 
 
 def _add(query: Array, bias: Any) -> Array:

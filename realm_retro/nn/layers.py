@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from realm_retro.parallel import axes
 from realm_retro.typing import Array, Float, Int
 
 
@@ -168,7 +169,8 @@ class FeedForward(nn.Module):
     def __call__(self, x: Float[Array, "*axes width"]) -> Float[Array, "*axes width"]:
         """Maps each position by itself."""
         h = Projection((self.hidden,), ("embed", "mlp"), self.dtype, name="up")(x)
-        h = nn.gelu(h, approximate=True)
+        between = (None,) * (h.ndim - 2)
+        h = axes.constrain(nn.gelu(h, approximate=True), ("batch", *between, "mlp"))
         return Projection(
             (x.shape[-1],), ("mlp", "embed"), self.dtype, self.scale, name="down"
         )(h)

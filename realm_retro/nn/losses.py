@@ -8,18 +8,41 @@ import jax.numpy as jnp
 from realm_retro.typing import Array, Float, Int
 
 
+@jax.custom_vjp
 def token_losses(
     logits: Float[Array, "*axes vocab"], targets: Int[Array, "*axes"]
 ) -> Float[Array, "*axes"]:
     """Cross-entropy of each token in nats, computed in float32.
 
+    The logits of a batch are the largest array of a training, and in float32 they would
+    be twice as large: what is kept for the backward pass is in the dtype that they came
+    in, and so is their gradient, which JAX's own rule would scatter into float32.
+
     Args:
       logits: unnormalised, any float dtype.
       targets: ids in [0, vocab).
     """
-    logits = logits.astype(jnp.float32)
+    return _token_losses(logits, targets)[0]
+
+
+def _token_losses(logits: Array, targets: Array) -> tuple[Array, tuple[Array, ...]]:
+    wide = logits.astype(jnp.float32)
+    total = jax.nn.logsumexp(wide, axis=-1)
     chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return jax.nn.logsumexp(logits, axis=-1) - chosen
+    return total - chosen.astype(jnp.float32), (logits, targets, total)
+
+
+def _token_losses_backward(
+    saved: tuple[Array, ...], slope: Array
+) -> tuple[Array, None]:
+    logits, targets, total = saved
+    share = jnp.exp(logits.astype(jnp.float32) - total[..., None])
+    ids = jax.lax.broadcasted_iota(targets.dtype, logits.shape, logits.ndim - 1)
+    target = (ids == targets[..., None]).astype(jnp.float32)
+    return (slope[..., None] * (share - target)).astype(logits.dtype), None
+
+
+token_losses.defvjp(_token_losses, _token_losses_backward)
 
 
 def cross_entropy(

@@ -86,7 +86,9 @@ def spec(
     return PartitionSpec(*entries)
 
 
-def sharding(names: Names, shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+def sharding(
+    names: Names, shape: Sequence[int], mesh: Mesh | AbstractMesh
+) -> NamedSharding:
     """`spec` on devices."""
     return NamedSharding(mesh, spec(names, shape, mesh))
 
@@ -112,7 +114,7 @@ def constrain(x: Array, names: Names) -> Array:
     return jax.lax.with_sharding_constraint(x, spec(names, x.shape, mesh))
 
 
-def shardings(boxed: PyTree, mesh: Mesh) -> PyTree:
+def shardings(boxed: PyTree, mesh: Mesh | AbstractMesh) -> PyTree:
     """The sharding of each leaf of a tree of boxed parameters.
 
     Args:
@@ -160,7 +162,7 @@ def _mesh_axes(name: str | None) -> tuple[str, ...]:
     return RULES[name]
 
 
-def _wanted(names: Names, mesh: Mesh) -> set[str]:
+def _wanted(names: Names, mesh: Mesh | AbstractMesh) -> set[str]:
     axes = {axis for name in names for axis in _mesh_axes(name)}
     return {axis for axis in axes if mesh.shape[axis] > 1}
 

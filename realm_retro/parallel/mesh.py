@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from realm_retro.errors import UserError
 
 AXES = ("data", "fsdp", "tensor")
+# Since JAX 0.9 the default is Explicit, with which Linen's layers fail.
+_AUTO = (AxisType.Auto,) * len(AXES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,24 +51,19 @@ def make_mesh(
       devices: the devices to use; all of them, of all hosts, where it is None.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or do not suit
+        the grid that they stand in.
     """
-    config = config or MeshConfig()
     devices = jax.devices() if devices is None else devices
-    sizes = [config.data, config.fsdp, config.tensor]
-    given = math.prod(size for size in sizes if size != -1)
-    if -1 in sizes and len(devices) % given == 0:
-        sizes[sizes.index(-1)] = len(devices) // given
-    if math.prod(sizes) != len(devices):
+    sizes = _sizes(config or MeshConfig(), len(devices))
+    try:
+        return jax.make_mesh(sizes, AXES, axis_types=_AUTO, devices=devices)
+    except NotImplementedError:
         asked = " x ".join(f"{a}={n}" for a, n in zip(AXES, sizes, strict=True))
         raise UserError(
-            f"config.mesh: {asked} does not fit {len(devices)} devices;"
-            " set one axis to -1 or make the product equal"
-        )
-    # Auto: since JAX 0.9 the default is Explicit, with which Linen's layers fail.
-    return jax.make_mesh(
-        tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3, devices=devices
-    )
+            f"config.mesh: {asked} cannot be laid on the grid of these devices; make"
+            " each size a product of whole dimensions of the grid"
+        ) from None
 
 
 def local_mesh(fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -88,6 +85,29 @@ def local_mesh(fsdp: int = 1, tensor: int = 1) -> Mesh:
     return make_mesh(MeshConfig(-1, fsdp, tensor), devices)
 
 
-def active(mesh: Mesh) -> contextlib.AbstractContextManager:
+def make_abstract_mesh(config: MeshConfig, devices: int) -> AbstractMesh:
+    """The mesh of so many devices that nobody has: to work out shapes and shardings.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    return AbstractMesh(_sizes(config, devices), AXES, axis_types=_AUTO)
+
+
+def active(mesh: Mesh | AbstractMesh) -> contextlib.AbstractContextManager:
     """Inside a jitted function: makes `axes.constrain` lay out over `mesh`."""
     return jax.sharding.use_abstract_mesh(mesh.abstract_mesh)
+
+
+def _sizes(config: MeshConfig, devices: int) -> tuple[int, ...]:
+    sizes = [config.data, config.fsdp, config.tensor]
+    given = math.prod(size for size in sizes if size != -1)
+    if -1 in sizes and devices % given == 0:
+        sizes[sizes.index(-1)] = devices // given
+    if math.prod(sizes) != devices:
+        asked = " x ".join(f"{a}={n}" for a, n in zip(AXES, sizes, strict=True))
+        raise UserError(
+            f"config.mesh: {asked} does not fit {devices} devices;"
+            " set one axis to -1 or make the product equal"
+        )
+    return tuple(sizes)

@@ -15,9 +15,10 @@ from typing import TYPE_CHECKING
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
+from jax.sharding import AbstractMesh, Mesh
 
 from realm_retro.data.passages import PassageStore
+from realm_retro.parallel import axes
 from realm_retro.parallel import mesh as meshes
 from realm_retro.realm import model, objective, packing
 from realm_retro.realm.config import RealmConfig
@@ -95,11 +96,28 @@ def tables(
     return shared
 
 
-def loss_fn(
-    config: RealmConfig, settings: PretrainConfig, mesh: Mesh, store: PassageStore
-):
-    """(parameters, batch with tables, key) → as `pretrain.loss_fn`."""
-    size, wanted = len(store), config.candidates - 1
+def abstract_tables(
+    config: RealmConfig, settings: PretrainConfig, size: int, mesh: Mesh | AbstractMesh
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `tables` gives for so many passages of the model's lengths, as shapes."""
+    pieces = np.uint16 if config.vocab_size <= 1 << 16 else np.int32
+    shapes = {
+        "index": ((size, config.vector_dim), settings.vectors),
+        "all_title": ((size, config.title_length), pieces),
+        "all_title_len": ((size,), np.int32),
+        "all_body": ((size, config.body_length), pieces),
+        "all_body_len": ((size,), np.int32),
+        "all_document": ((size,), np.int32),
+    }
+    return {
+        name: sharded.abstract(shape, mesh, dtype=jnp.dtype(kind))
+        for name, (shape, kind) in shapes.items()
+    }
+
+
+def loss_fn(config: RealmConfig, settings: PretrainConfig, mesh: Mesh, size: int):
+    """(parameters, batch with tables of `size` passages, key) → as `pretrain.loss_fn`."""
+    wanted = config.candidates - 1
 
     def loss(params: PyTree, batch: Batch, key: Array):
         with meshes.active(mesh):
@@ -119,6 +137,8 @@ def loss_fn(
                 wanted + settings.extra,
                 recall_target=settings.recall_target,
             )
+            # The search gives every device all hits; each goes on with its own.
+            hits = axes.constrain(hits, ("batch", None))
             chosen, own, copies = _choose(hits, batch, wanted, settings.copied)
             ready = {**batch, **_assemble(chosen, batch, config)}
             total, weight, metrics = objective.pretrain_loss(

@@ -34,7 +34,7 @@ from realm_retro.realm.question_batches import Examples, check_fits
 from realm_retro.realm.question_sets import QaConfig, RetrievalConfig
 from realm_retro.retrieval.index.base import Index
 from realm_retro.train.config import TrainConfig
-from realm_retro.train.recipe import Live, LossFn, Recipe
+from realm_retro.train.recipe import Live, LossFn, Recipe, no_batches
 from realm_retro.typing import Array, Batch, Config, HostArray, JsonDict, PyTree
 
 T = TypeVar("T")
@@ -84,21 +84,46 @@ def make(
             "question": np.asarray([one.question for one in chosen]),
         }
 
-    tokens = sizes.query_tokens + settings.read * sizes.joint_tokens
-    return Recipe(
+    return dataclasses.replace(
+        outline(sizes, settings, train, mesh, gold=examples.names_gold),
         description=_description(sizes, examples, train, mesh),
-        init=lambda key: model.init(sizes, key, model.FINETUNING),
-        loss=loss_fn(sizes, settings, mesh, gold=examples.names_gold),
         batch_at=_live(sizes, depth, examples, index, order),
-        batch_spec=batch_spec(settings),
-        tokens_per_step=train.batch_size * tokens,
-        flops_per_step=flops(sizes, settings, train.batch_size),
         fingerprint=artifacts.fingerprint_of(
             [store.fingerprint, answer_store.fingerprint, *parents]
         ),
-        trainable=functools.partial(trainable, settings=settings),
         weights=weights and (lambda: with_document(sizes, weights())),
         examples=asked,
+    )
+
+
+def outline(
+    config: RealmConfig,
+    settings: QaConfig,
+    train: TrainConfig,
+    mesh: Mesh,
+    *,
+    gold: bool = False,
+) -> Recipe:
+    """The recipe without data: all that a train step is compiled from.
+
+    Args:
+      config: from `model_for`.
+      settings: the beam and what is read.
+      train: steps and batch size.
+      mesh: the devices that train.
+      gold: see `loss_fn`.
+    """
+    tokens = config.query_tokens + settings.read * config.joint_tokens
+    return Recipe(
+        description="question answering",
+        init=lambda key: model.init(config, key, model.FINETUNING),
+        loss=loss_fn(config, settings, mesh, gold=gold),
+        batch_at=no_batches,
+        batch_spec=batch_spec(settings),
+        tokens_per_step=train.batch_size * tokens,
+        flops_per_step=flops(config, settings, train.batch_size),
+        fingerprint="",
+        trainable=functools.partial(trainable, settings=settings),
     )
 
 

@@ -15,7 +15,7 @@ from realm_retro.parallel import mesh as meshes
 from realm_retro.realm import ict, model
 from realm_retro.realm.config import RealmConfig
 from realm_retro.train.config import TrainConfig
-from realm_retro.train.recipe import Recipe
+from realm_retro.train.recipe import Recipe, no_batches
 from realm_retro.typing import Array, Batch, HostArray, PyTree
 
 
@@ -87,6 +87,23 @@ def make(
             "truncated": made.truncated.astype(np.float32),
         }
 
+    return dataclasses.replace(
+        outline(config, train, mesh),
+        description=(
+            f"inverse cloze task on {len(rows):,} passages, {train.batch_size} at a"
+            f" time, {train.steps} steps ="
+            f" {train.steps * train.batch_size / max(1, len(rows)):.1f} epochs"
+        ),
+        batch_at=batch_at,
+        fingerprint=store.fingerprint,
+        weights=weights,
+        examples=lambda step: {"passage": order[step]["row"]},
+    )
+
+
+def outline(config: RealmConfig, train: TrainConfig, mesh: Mesh) -> Recipe:
+    """The recipe without data: all that a train step is compiled from."""
+
     def loss(params: PyTree, batch: Batch, key: Array):
         with meshes.active(mesh):
             total, weight, metrics = ict.ict_loss(
@@ -98,18 +115,12 @@ def make(
     tokens = config.query_tokens + config.document_tokens
     layer = 4 * config.width**2 + 2 * config.width * config.hidden
     return Recipe(
-        description=(
-            f"inverse cloze task on {len(rows):,} passages, {train.batch_size} at a"
-            f" time, {train.steps} steps ="
-            f" {train.steps * train.batch_size / max(1, len(rows)):.1f} epochs"
-        ),
+        description="inverse cloze task",
         init=lambda key: model.init(config, key, model.TOWERS),
         loss=loss,
-        batch_at=batch_at,
+        batch_at=no_batches,
         batch_spec={**ict.BATCH_SPEC, "truncated": ("batch",)},
         tokens_per_step=train.batch_size * tokens,
         flops_per_step=6.0 * train.batch_size * tokens * config.num_layers * layer,
-        fingerprint=store.fingerprint,
-        weights=weights,
-        examples=lambda step: {"passage": order[step]["row"]},
+        fingerprint="",
     )

@@ -24,7 +24,7 @@ from realm_retro.realm.live_index import MODES, InUse, LiveIndex, Mode
 from realm_retro.retrieval.index import sharded
 from realm_retro.retrieval.index.base import Index
 from realm_retro.train.config import TrainConfig
-from realm_retro.train.recipe import Live, LoopState, Recipe
+from realm_retro.train.recipe import Live, LoopState, Recipe, no_batches
 from realm_retro.typing import Array, Batch, HostArray, JsonDict, PyTree
 
 # What a batch says about itself, one number an example; reported as means.
@@ -134,31 +134,57 @@ def make(
             index.after_step(loop)
 
     on_device = settings.placement == "device"
-    b, k = train.batch_size, config.candidates
     parents = [store.fingerprint]
     if examples.spans is not None:
         parents.append(examples.spans.fingerprint)
-    return Recipe(
+    return dataclasses.replace(
+        outline(config, settings, train, size=len(store), mesh=mesh),
         description=_description(config, settings, examples, train, mesh),
-        init=lambda key: model.init(config, key, model.PRETRAINING),
-        loss=(
-            device_search.loss_fn(config, settings, mesh, store)
-            if on_device
-            else loss_fn(config, mesh)
-        ),
         batch_at=(
             device_search.live(examples, index)
             if on_device
             else _live(config, settings, store, examples, index)
         ),
-        batch_spec=device_search.BATCH_SPEC if on_device else BATCH_SPEC,
-        tokens_per_step=b * k * config.joint_tokens,
-        flops_per_step=flops(config, b),
         fingerprint=artifacts.fingerprint_of(parents),
         hooks=(refresh,),
         weights=weights,
         shared=device_search.tables(index, store, mesh) if on_device else None,
         examples=lambda step: {"passage": examples.batches[step]["row"]},
+    )
+
+
+def outline(
+    config: RealmConfig,
+    settings: PretrainConfig,
+    train: TrainConfig,
+    *,
+    size: int,
+    mesh: Mesh,
+) -> Recipe:
+    """The recipe without data: all that a train step is compiled from.
+
+    Args:
+      config: the model's.
+      settings: masks and search.
+      train: steps and batch size.
+      size: how many passages there are.
+      mesh: the devices that train.
+    """
+    on_device = settings.placement == "device"
+    b, k = train.batch_size, config.candidates
+    return Recipe(
+        description=f"REALM, {size:,} passages",
+        init=lambda key: model.init(config, key, model.PRETRAINING),
+        loss=(
+            device_search.loss_fn(config, settings, mesh, size)
+            if on_device
+            else loss_fn(config, mesh)
+        ),
+        batch_at=no_batches,
+        batch_spec=device_search.BATCH_SPEC if on_device else BATCH_SPEC,
+        tokens_per_step=b * k * config.joint_tokens,
+        flops_per_step=flops(config, b),
+        fingerprint="",
     )
 
 

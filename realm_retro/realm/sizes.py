@@ -51,7 +51,15 @@ def base() -> Config:
                 "compute_dtype": "bfloat16",
                 "remat": True,
             },
-            "pretrain": {"masking": "salient", "depth": 1, "refresh": "workers"},
+            # The whole index fits beside the model: the step searches it exactly
+            # enough, with the weights of the moment, and no host has to.
+            "pretrain": {
+                "masking": "salient",
+                "refresh": "workers",
+                "placement": "device",
+                "vectors": "bfloat16",
+                "recall_target": 0.99,
+            },
             "ict": {"mask_rate": 0.9},
             "qa": {"questions": "tfds:natural_questions_open:train", "beam": 5000},
             "retrieval": {"depth": 1},
@@ -66,7 +74,14 @@ def base() -> Config:
                 "on_bad_step": "stop",
                 "max_loss_ratio": 100.0,
             },
-            "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+            "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+            # As many as the paper has, and the text of the same year's Wikipedia.
+            "plan": {
+                "topology": "v5e:8x8",
+                "rows": 13_353_718,
+                "documents": 5_900_000,
+                "text_bytes": 13_000_000_000,
+            },
         }
     )
 

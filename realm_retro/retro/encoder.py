@@ -9,8 +9,13 @@ import jax.numpy as jnp
 
 from realm_retro.nn.attention import RelativeAttention
 from realm_retro.nn.layers import FeedForward, Projection, RMSNorm, TokenEmbedding
+from realm_retro.parallel import axes
 from realm_retro.retro.config import RetroConfig
 from realm_retro.typing import Array, Bool, Float, Int
+
+# Of activations; without it the compiler may cut the width and copy all neighbours of
+# the global batch to every device.
+_ACTIVATIONS = ("batch", "neighbours", "retrieved", "embed_act")
 
 
 class EncoderLayer(nn.Module):
@@ -58,6 +63,7 @@ class EncoderLayer(nn.Module):
             mask=jnp.expand_dims(mask, -2),
             relative=attention.relative_keys(r, 2 * r, offset=0),
         )
+        x = axes.constrain(x, _ACTIVATIONS)
         if self.conditioned:
             # Distance i' − i of neighbour token i' to chunk token i (equation 7).
             cross = attend(name="cross")
@@ -67,8 +73,10 @@ class EncoderLayer(nn.Module):
                 mask=jnp.ones((x.shape[0], 1, 1, m), bool),
                 relative=cross.relative_keys(r, r + m, offset=0),
             )
+            x = axes.constrain(x, _ACTIVATIONS)
         y = RMSNorm(dtype, name="ffw_norm")(x)
-        return x + FeedForward(config.encoder_ffw_dim, dtype, name="ffw")(y)
+        x += FeedForward(config.encoder_ffw_dim, dtype, name="ffw")(y)
+        return axes.constrain(x, _ACTIVATIONS)
 
 
 class Encoder(nn.Module):
@@ -102,6 +110,7 @@ class Encoder(nn.Module):
         else:
             size = (config.vocab_size, config.encoder_dim)
             x = TokenEmbedding(*size, dtype, name="embed")(tokens.reshape(rows))
+        x = axes.constrain(x, _ACTIVATIONS)
         mask = mask.reshape(rows)
         chunks = chunks.reshape(rows[0], 1, *chunks.shape[2:])
         for layer in range(1, config.encoder_layers + 1):
@@ -110,4 +119,5 @@ class Encoder(nn.Module):
                 x, mask, chunks
             )
         x = RMSNorm(dtype, name="norm")(x)
-        return x.reshape(batch, chunks_per_row, k, r, config.encoder_dim)
+        x = x.reshape(batch, chunks_per_row, k, r, config.encoder_dim)
+        return axes.constrain(x, ("batch", "chunks", *_ACTIVATIONS[1:]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 
 import jax
@@ -26,7 +27,7 @@ from realm_retro.retro.retrofit import InitConfig
 from realm_retro.train import checkpoint
 from realm_retro.train import state as states
 from realm_retro.train.config import TrainConfig
-from realm_retro.train.recipe import Recipe
+from realm_retro.train.recipe import Recipe, no_batches
 from realm_retro.typing import Array, Batch, Config, HostArray, PyTree
 
 BATCH_SPEC = {
@@ -77,19 +78,34 @@ def make(config: Config, workdir: epath.PathLike, mesh: Mesh) -> Recipe:
         return {"window": windows, "chunks": source.windows.chunks[windows]}
 
     window = train.sequence_chunks * model.chunk_length
-    tokens = train.batch_size * window
     parents = [store.fingerprint] + ([table.fingerprint] if table else [])
     epochs = train.steps * train.batch_size / max(1, len(source))
-    return Recipe(
+    return dataclasses.replace(
+        outline(config, mesh),
         description=(
             f"{'RETRO' if model.retrieves else 'plain decoder'} with"
             f" {_sizes(model, init)}, {len(source)} windows of"
             f" {window} tokens, {train.steps} steps = {epochs:.1f} epochs,"
             f" {mesh.size} device{'s' if mesh.size > 1 else ''}"
         ),
+        batch_at=rows.__getitem__,
+        fingerprint=artifacts.fingerprint_of(parents),
+        examples=examples,
+        weights=((lambda: start_params(config, workdir, mesh)) if init.run else None),
+    )
+
+
+def outline(config: Config, mesh: Mesh) -> Recipe:
+    """The recipe without data: all that a train step is compiled from."""
+    model, init = model_config(config), init_config(config)
+    train = config_lib.build(TrainConfig, config.train, name="config.train")
+    window = train.sequence_chunks * model.chunk_length
+    tokens = train.batch_size * window
+    return Recipe(
+        description="RETRO" if model.retrieves else "plain decoder",
         init=init_fn(model),
         loss=loss_fn(model, mesh),
-        batch_at=rows.__getitem__,
+        batch_at=no_batches,
         batch_spec=batch_spec(model),
         tokens_per_step=tokens,
         flops_per_step=flops.training_flops(
@@ -99,11 +115,26 @@ def make(config: Config, workdir: epath.PathLike, mesh: Mesh) -> Recipe:
             k=train.neighbours,
             frozen=init.frozen,
         ),
-        fingerprint=artifacts.fingerprint_of(parents),
-        examples=examples,
+        fingerprint="",
         trainable=retrofit.trainable if init.frozen else None,
-        weights=((lambda: start_params(config, workdir, mesh)) if init.run else None),
     )
+
+
+def abstract_batch(
+    model: RetroConfig, train: TrainConfig
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of the global batch, as `batches.WindowSource` makes it."""
+    rows, chunks, m = train.batch_size, train.sequence_chunks, model.chunk_length
+    kinds = {"tokens": "int32", "targets": "int32", "loss_mask": "bool"}
+    kinds["segments"] = "int32"
+    shapes = {name: ((rows, chunks * m), kind) for name, kind in kinds.items()}
+    if model.retrieves:
+        near = (rows, chunks, train.neighbours, model.neighbour_length)
+        shapes |= {"neighbours": (near, "int32"), "neighbour_mask": (near, "bool")}
+    return {
+        name: jax.ShapeDtypeStruct(shape, jnp.dtype(kind))
+        for name, (shape, kind) in shapes.items()
+    }
 
 
 def model_config(config: Config) -> RetroConfig:

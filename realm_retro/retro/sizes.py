@@ -21,6 +21,15 @@ _PAPER = {
 }
 
 
+# Slices of TPUs on which a run of the paper's length takes days: docs/scaling.md.
+_TOPOLOGY = {
+    "172m": "v5e:8x8",
+    "425m": "v5e:8x8",
+    "1_5b": "v5p:4x4x4",
+    "7_5b": "v5p:4x4x8",
+}
+
+
 def paper(name: str) -> Config:
     """The settings of one of the paper's models: ``172m 425m 1_5b 7_5b``.
 
@@ -76,6 +85,8 @@ def paper(name: str) -> Config:
                 "max_loss_ratio": 100.0,
             },
             "mesh": {"data": 1, "fsdp": -1, "tensor": 1},
+            # The paper's Wikipedia has 0.06 billion chunks.
+            "plan": {"topology": _TOPOLOGY[name], "rows": 60_000_000},
             "evaluate": {"batch_size": 64, "stride_chunks": 16, "neighbours": (10,)},
             "generate": {
                 "max_tokens": 512,

@@ -8,8 +8,10 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
-from jax.sharding import Mesh
+import jax
+from jax.sharding import AbstractMesh, Mesh
 
 from realm_retro.parallel import axes, hosts
 from realm_retro.train.recipe import Live, Recipe
@@ -124,14 +126,46 @@ def _live(
     return Feed(take, carry)
 
 
+def abstract_batch(
+    recipe: Recipe,
+    shapes: Mapping[str, jax.ShapeDtypeStruct],
+    mesh: Mesh | AbstractMesh,
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """What `Feed.take` gives, as shapes, dtypes and shardings; nothing is computed.
+
+    Args:
+      recipe: whose batches.
+      shapes: of the global batch; what every batch shares has a sharding already.
+      mesh: where they would go.
+
+    Raises:
+      ValueError: they are not the arrays that the recipe names.
+    """
+    own = {name: x for name, x in shapes.items() if x.sharding is None}
+    _check_names(recipe, own)
+    placed = {
+        name: jax.ShapeDtypeStruct(
+            x.shape,
+            x.dtype,
+            sharding=axes.sharding(recipe.batch_spec[name], x.shape, mesh),
+        )
+        for name, x in own.items()
+    }
+    return {**shapes, **placed}
+
+
 def _shared(recipe: Recipe, step: int, params: PyTree) -> Batch:
     return recipe.shared(step, params) if recipe.shared else {}
 
 
 def _place(recipe: Recipe, batch: Mapping[str, HostArray], mesh: Mesh) -> Batch:
-    if batch.keys() != recipe.batch_spec.keys():
-        raise ValueError(f"batch {set(batch)} is not {set(recipe.batch_spec)}")
+    _check_names(recipe, batch)
     return {
         name: hosts.to_global(x, axes.sharding(recipe.batch_spec[name], x.shape, mesh))
         for name, x in batch.items()
     }
+
+
+def _check_names(recipe: Recipe, batch: Mapping[str, Any]) -> None:
+    if batch.keys() != recipe.batch_spec.keys():
+        raise ValueError(f"batch {set(batch)} is not {set(recipe.batch_spec)}")

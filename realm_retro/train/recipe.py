@@ -108,3 +108,12 @@ class Recipe:
     weights: Callable[[], PyTree] | None = None
     shared: Callable[[int, PyTree], Mapping[str, Array]] | None = None
     examples: Callable[[int], Mapping[str, HostArray]] | None = None
+
+
+def no_batches(step: int) -> Mapping[str, HostArray]:
+    """Stands for `Recipe.batch_at` in a recipe that is only planned, not trained.
+
+    Raises:
+      ValueError: always.
+    """
+    raise ValueError(f"step {step}: this recipe was made without data")

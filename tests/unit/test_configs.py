@@ -15,6 +15,7 @@ from realm_retro import artifacts
 from realm_retro import config as config_lib
 from realm_retro.cli.build_index import IndexConfig
 from realm_retro.cli.encoders import EncoderConfig
+from realm_retro.cli.plan_task import PlanConfig
 from realm_retro.cli.towers import InitConfig
 from realm_retro.data.chunk_writer import ChunksConfig
 from realm_retro.data.corpus import CorpusConfig
@@ -49,6 +50,7 @@ SHARED = {
     "optimizer": OptimizerConfig,
     "train": TrainConfig,
     "mesh": MeshConfig,
+    "plan": PlanConfig,
 }
 RETRO = {
     **SHARED,

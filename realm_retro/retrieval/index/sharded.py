@@ -12,12 +12,12 @@ devices hold rows in order.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from realm_retro.arrays import ShardedArray
 from realm_retro.parallel import axes
@@ -42,10 +42,8 @@ def place(
       mesh: the devices.
       dtype: on the devices; bfloat16 halves the memory of an index.
     """
-    share = -(-len(source) // mesh.size)
-    if share > BLOCK_ROWS:
-        share = -(-share // BLOCK_ROWS) * BLOCK_ROWS
-    shape = (share * mesh.size, *source.shape[1:])
+    placed = abstract(source.shape, mesh, dtype=dtype)
+    shape = placed.shape
 
     def read(index: tuple[slice, ...] | None) -> HostArray:
         start, stop, _ = (index or (slice(None),))[0].indices(shape[0])
@@ -53,8 +51,20 @@ def place(
         padding = [(0, stop - start - len(rows))] + [(0, 0)] * (rows.ndim - 1)
         return np.pad(rows, padding).astype(dtype)
 
+    return jax.make_array_from_callback(shape, placed.sharding, read)
+
+
+def abstract(
+    shape: Sequence[int], mesh: Mesh | AbstractMesh, *, dtype: jnp.dtype = jnp.float32
+) -> jax.ShapeDtypeStruct:
+    """Shape, dtype and sharding of what `place` makes of an array of `shape`."""
+    share = -(-shape[0] // mesh.size)
+    if share > BLOCK_ROWS:
+        share = -(-share // BLOCK_ROWS) * BLOCK_ROWS
     sharding = NamedSharding(mesh, PartitionSpec(_AXES))
-    return jax.make_array_from_callback(shape, sharding, read)
+    return jax.ShapeDtypeStruct(
+        (share * mesh.size, *shape[1:]), dtype, sharding=sharding
+    )
 
 
 def search(

@@ -1,0 +1,153 @@
+"""Disk and host memory of a run's artefacts, by the formats that they are stored in.
+
+What depends on the text itself (strings, spans, answers) is left out or, where a config
+says how much text there is, taken from there.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import numpy as np
+
+from realm_retro import config as config_lib
+from realm_retro.cli.build_index import IndexConfig
+from realm_retro.cli.encoders import EncoderConfig
+from realm_retro.cli.plan_task import PlanConfig, Task
+from realm_retro.data import chunk_store, passages
+from realm_retro.realm.config import RealmConfig
+from realm_retro.realm.pretrain import PretrainConfig
+from realm_retro.realm.question_sets import QaConfig, RetrievalConfig
+from realm_retro.retrieval.embed import EmbedConfig
+from realm_retro.retrieval.neighbours import NeighboursConfig
+from realm_retro.retrieval.refresh import RefreshConfig
+from realm_retro.retro import recipe as retro_recipe
+from realm_retro.typing import Config, JsonDict
+
+T = TypeVar("T")
+# Width of all-MiniLM-L6-v2, the only encoder with a name.
+_MINILM = 384
+_IDS, _SCORES = 8, 4
+
+
+class Item(NamedTuple):
+    """An artefact.
+
+    Attributes:
+      name: of its folder, or what it is.
+      disk: bytes.
+      memory: bytes that a process holds; what is memory-mapped is not counted.
+      who: which process.
+    """
+
+    name: str
+    disk: float
+    memory: float
+    who: str
+
+
+def storage(config: Config, settings: PlanConfig, task: Task) -> JsonDict:
+    """Disk and memory of the artefacts of a run.
+
+    Args:
+      config: the run's.
+      settings: with the size of the corpus.
+      task: what is trained.
+
+    Returns:
+      ``items``, ``disk`` of all and ``training``, the memory of one training process
+      on its host; ``unknown`` says what is not in it.
+    """
+    items: list[Item] = []
+    unknown = "the parts that depend on the words: titles, ids, spans, answers"
+    if not settings.rows:
+        unknown = "all of the corpus: config.plan.rows is 0"
+    elif task.name == "retro":
+        items = _retro(config, settings)
+    else:
+        items = _realm(config, settings, task)
+    saved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(task.state))
+    items.append(Item("checkpoints", task.train.keep * saved, 0, "train"))
+    return {
+        "items": [item._asdict() for item in items],
+        "disk": sum(item.disk for item in items),
+        "training": sum(item.memory for item in items if item.who == "train"),
+        "largest_memory": max(item.memory for item in items),
+        "unknown": unknown,
+    }
+
+
+def _retro(config: Config, settings: PlanConfig) -> list[Item]:
+    model, n = retro_recipe.model_config(config), settings.rows
+    token = 2 if model.vocab_size <= 1 << 16 else 4
+    chunk = model.chunk_length * token + chunk_store.CHUNK.itemsize
+    documents = settings.documents * chunk_store.DOCUMENT.itemsize
+    # Places of the windows: id, piece and whether it counts.
+    items = [Item("chunks", n * chunk + documents, n * (8 + 4 + 1), "train")]
+    if not model.retrieves:
+        return items
+    encoder = _build(config, "encoder", EncoderConfig)
+    stored = np.dtype(_build(config, "embed", EmbedConfig).dtype).itemsize
+    index = _build(config, "index", IndexConfig)
+    k = _build(config, "neighbours", NeighboursConfig).k
+    d = _MINILM if not encoder.path else _width_of(encoder)
+    width = d + (index.metric == "squared_l2" and index.backend == "scann")
+    searched = n * _index_row(width, index.backend)
+    return [
+        *items,
+        Item("embeddings", n * d * stored, 0, "embed"),
+        # While it is built the vectors are there twice.
+        Item("index", searched, searched + n * 4.0 * width, "build_index"),
+        Item("neighbours", n * k * (_IDS + _SCORES), searched, "find_neighbours"),
+    ]
+
+
+def _realm(config: Config, settings: PlanConfig, task: Task) -> list[Item]:
+    model, n = _build(config, "model", RealmConfig), settings.rows
+    refresh = _build(config, "refresh", RefreshConfig)
+    piece = 2 if model.vocab_size <= 1 << 16 else 4
+    passage = model.body_length * piece + passages.PASSAGE.itemsize
+    document = model.title_length * piece + passages.DOCUMENT.itemsize
+    disk = n * passage + settings.documents * document + settings.text_bytes
+    vectors = n * model.vector_dim * np.dtype(refresh.dtype).itemsize
+    searched, versions = 0.0, 0
+    if task.name == "realm_finetune":
+        backend = _build(config, "retrieval", RetrievalConfig).index
+        beam = _build(config, "qa", QaConfig).beam
+        searched = n * _index_row(model.vector_dim, backend)
+        searched += task.train.batch_size * beam * model.vector_dim * 4.0
+        versions = 1
+    elif task.name == "realm_pretrain":
+        search = _build(config, "pretrain", PretrainConfig)
+        # One is in use while the next is built.
+        searched = 2 * n * _index_row(model.vector_dim, search.index)
+        if search.placement == "device":
+            # All titles; vectors and bodies are read share by share.
+            searched = n * model.title_length * piece
+        # Those kept, those of the kept checkpoints, and one in the making.
+        versions = refresh.keep + task.train.keep + 1
+    return [
+        Item("passages", disk, n * (4 + 4 + 8), "train"),
+        Item("index versions", versions * vectors, searched, "train"),
+    ]
+
+
+def _index_row(width: int, backend: str) -> float:
+    """Bytes of a vector in an index on a host: itself in float32, its id, its codes.
+
+    ScaNN has 4 bits for every two dimensions, and with SOAR each row in two leaves.
+    """
+    codes = 0.0 if backend == "exact" else 2 * width / 4 + 2 * 4
+    return 4.0 * width + _IDS + codes
+
+
+def _width_of(encoder: EncoderConfig) -> int:
+    values: Any = json.loads((encoder.folder() / "config.json").read_text())
+    return int(values["hidden_size"])
+
+
+def _build(config: Config, name: str, cls: type[T]) -> T:
+    section = config_lib.section(config, name)
+    return config_lib.build(cls, section, name=f"config.{name}")
