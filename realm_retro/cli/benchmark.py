@@ -112,6 +112,7 @@ K = flags.DEFINE_integer(
 def main(config: ml_collections.ConfigDict | None, workdir: epath.Path) -> None:
     """Runs one suite; see the module docstring."""
     suite, load_before = SUITE.value, machine.load()
+    assert suite is not None
     _check(suite, config, workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     with processes.terminated_like_ctrl_c():

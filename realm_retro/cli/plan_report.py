@@ -49,22 +49,23 @@ def _memory(plan: JsonDict) -> Iterator[str]:
         yield f"  whole on every chip: {name}, {_gb(size)} GB"
     compiled = plan["compiled"]
     for array in compiled.get("arrays") or compiled.get("buffers") or ():
-        yield f"  {_gb(array['bytes']):>9}  {array['shape']:<34} {array['source'][-70:]}"
+        source = array["source"][-70:]
+        yield f"  {_gb(array['bytes']):>9}  {array['shape']:<34} {source}"
 
 
 def _work(plan: JsonDict) -> Iterator[str]:
     flops, time, compiled = plan["flops"], plan["time"], plan["compiled"]
     yield "A step"
     yield (
-        f"  operations   {flops['counted']:.3e} counted in the jaxpr with the trip counts"
-        f" of its scans, {flops['formula']:.3e} by the model's formula"
+        f"  operations   {flops['counted']:.3e} counted in the jaxpr with the trip"
+        f" counts of its scans, {flops['formula']:.3e} by the model's formula"
     )
     if flops["passes"] > 1.001 * flops["counted"]:
         yield f"               {flops['passes']:.3e} as bfloat16 passes"
     if "repeated" in compiled:
         yield (
-            f"               each done {compiled['repeated']:.2f} times over all chips, by"
-            " the compiler's count"
+            f"               each done {compiled['repeated']:.2f} times over all chips,"
+            " by the compiler's count"
         )
         yield f"  memory       {_gb(compiled['traffic'])} GB read and written by a chip"
         for kind, entry in compiled["collectives"].items():
@@ -74,8 +75,8 @@ def _work(plan: JsonDict) -> Iterator[str]:
             )
         for one in compiled["largest_collectives"]:
             yield (
-                f"    {1e3 * one['seconds']:>8.2f} ms  {one['times']} x {one['kind']} over"
-                f" {one['devices']}: {one['shape'][:60]} {one['source'][-60:]}"
+                f"    {1e3 * one['seconds']:>8.2f} ms  {one['times']} x {one['kind']}"
+                f" over {one['devices']}: {one['shape'][:60]} {one['source'][-60:]}"
             )
     yield (
         "  seconds      "

@@ -1,4 +1,4 @@
-"""TPU chips and slices of them: what they can do, and compiling for ones not at hand."""
+"""TPU chips and slices of them: what they can do, compiling for ones not at hand."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def abstract_tables(
 
 
 def loss_fn(config: RealmConfig, settings: PretrainConfig, mesh: Mesh, size: int):
-    """(parameters, batch with tables of `size` passages, key) → as `pretrain.loss_fn`."""
+    """As `pretrain.loss_fn`, of batches that hold tables of `size` passages."""
     wanted = config.candidates - 1
 
     def loss(params: PyTree, batch: Batch, key: Array):

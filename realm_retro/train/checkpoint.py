@@ -77,6 +77,10 @@ class Checkpoints:
         """The step of the newest whole checkpoint."""
         return self._manager.latest_step()
 
+    def prepare(self, state: TrainState) -> None:
+        """Compiles what `save` computes, so that no later step waits for it."""
+        _sums_of(state)
+
     def save(self, step: int, state: TrainState, meta: JsonDict) -> None:
         """Copies the state off the devices and writes it in the background.
 
@@ -88,10 +92,9 @@ class Checkpoints:
           state: what to save; each host writes its own shards.
           meta: what else a later run wants to know.
         """
-        arrays = {"params": state.params, "opt_state": state.opt_state}
         meta = {
             **meta,
-            _SUMS: {name: sums.of(tree) for name, tree in arrays.items()},
+            _SUMS: _sums_of(state),
             _RUN: self._run,
             _HEALTH: guard.as_meta(state.health),
         }
@@ -242,6 +245,11 @@ def parts(run_dir: epath.PathLike) -> tuple[str, ...]:
     with Checkpoints(run_dir) as checkpoints:
         step = checkpoints.latest()
         return () if step is None else checkpoints.parts(step)
+
+
+def _sums_of(state: TrainState) -> dict[str, dict[str, str]]:
+    arrays = {"params": state.params, "opt_state": state.opt_state}
+    return {name: sums.of(tree) for name, tree in arrays.items()}
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

@@ -112,6 +112,7 @@ def train(
             state = states.init_state(recipe.init, rule, abstract, seed)
             if recipe.weights:
                 state = states.with_weights(state, recipe.weights(), abstract)
+            saved.prepare(state)
 
         def save(step: int, state: TrainState, carried: JsonDict) -> None:
             if hosts.is_main():

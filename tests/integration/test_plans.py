@@ -1,4 +1,4 @@
-"""Every full-size config compiles for the TPUs that it names, fits, and wastes little."""
+"""Every full-size config compiles for the TPUs that it names, fits, wastes little."""
 
 import pathlib
 import re

@@ -39,7 +39,9 @@ class Series:
 
     def as_json(self) -> JsonDict:
         """All that the table shows, and the single values."""
-        judged = self.at_most is not None and not self.unjudged
+        met = None
+        if self.at_most is not None and not self.unjudged:
+            met = bool(self.median <= self.at_most)
         return {
             "name": self.name,
             "unit": self.unit,
@@ -47,7 +49,7 @@ class Series:
             "min": min(self.values),
             "max": max(self.values),
             "at_most": self.at_most,
-            "met": bool(self.median <= self.at_most) if judged else None,
+            "met": met,
             "unjudged": self.unjudged,
             "values": [float(value) for value in self.values],
         }

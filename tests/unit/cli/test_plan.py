@@ -202,8 +202,8 @@ def test_the_roofline_is_the_longest_of_three():
 
 
 def test_the_compilers_refusal_is_read():
-    message = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of memory in \
-memory space hbm. Used 23.50G of 15.75G hbm. Exceeded hbm capacity by 7.75G.
+    message = """RESOURCE_EXHAUSTED: XLA:TPU compile permanent error. Ran out of \
+memory in memory space hbm. Used 23.50G of 15.75G hbm. Exceeded hbm capacity by 7.75G.
 
 Largest program allocations in hbm:
 

@@ -1,4 +1,5 @@
 """What a program sends and moves, read from its text."""
+# ruff: noqa: E501  (the text is as XLA prints it)
 
 import re
 
