@@ -65,8 +65,8 @@ SUITE = flags.DEFINE_enum("suite", None, list(SUITES), "What is measured; see ab
 ROUNDS = flags.DEFINE_integer(
     "rounds", 5, "How often each alternative is measured.", lower_bound=1
 )
-JSON = flags.DEFINE_string(
-    "json", "", "Where the JSON goes; WORKDIR/benchmarks/SUITE.json if empty."
+REPORT = flags.DEFINE_string(
+    "report", "", "Where the JSON goes; WORKDIR/benchmarks/SUITE.json if empty."
 )
 STEPS = flags.DEFINE_integer(
     "steps",
@@ -123,7 +123,7 @@ def main(config: ml_collections.ConfigDict | None, workdir: epath.Path) -> None:
         command=shlex.join(["python", "-m", _MODULE, *sys.argv[1:]]),
         machine=machine.facts(load_before=load_before),
     )
-    path = epath.Path(JSON.value or workdir / workdirs.RESULTS / f"{suite}.json")
+    path = epath.Path(REPORT.value or workdir / workdirs.RESULTS / f"{suite}.json")
     report.write(path, body)
     common.say(f"\n{report.render(body)}\n\nAs JSON, with every value: {path}")
 

@@ -35,7 +35,7 @@ from realm_retro.typing import JsonDict
 TOPOLOGY = flags.DEFINE_string(
     "topology", "", "TPU chips, such as v5e:8x8; config.plan.topology if empty."
 )
-JSON = flags.DEFINE_bool("json", False, "Print the plan as JSON.")
+AS_JSON = flags.DEFINE_bool("as_json", False, "Print the plan as JSON.")
 COMPILE = flags.DEFINE_bool(
     "compile", True, "Compile the step; else shapes alone, which takes seconds."
 )
@@ -56,7 +56,7 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     )
     place = topology.parse(chosen(TOPOLOGY.value, settings))
     found = plan(config, settings, place, compile_it=COMPILE.value)
-    if JSON.value:
+    if AS_JSON.value:
         common.say(json.dumps(found, indent=2))
     else:
         for line in plan_report.lines(found):
