@@ -107,9 +107,8 @@ def train_retro(workdir, run_dir, policy):
     return checkpoint.restore_params(run_dir, recipe.init, mesh)
 
 
-@pytest.mark.parametrize(
-    "policy", [pytest.param("stop", marks=pytest.mark.slow), "skip"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["stop", "skip"])
 def test_retro(chunks, tmp_path, policy):
     run_dir = epath.Path(tmp_path)
     if policy == "stop":

@@ -113,7 +113,7 @@ def config_of(folder, name, depth, adaptive=False, **changes):
     [
         pytest.param(0, False, 4, (6,), marks=pytest.mark.slow),
         (1, False, 3, (5,)),  # saved just after a refresh, looked up before it
-        (DEVICE, False, 4, (6,)),
+        pytest.param(DEVICE, False, 4, (6,), marks=pytest.mark.slow),
         pytest.param(DEVICE, False, 3, (2, 4), marks=pytest.mark.slow),
         pytest.param(1, False, 4, (2, 7), marks=pytest.mark.slow),
         pytest.param(1, True, 3, (4, 8), marks=pytest.mark.slow),
@@ -192,7 +192,9 @@ def test_one_candidate_is_the_plain_masked_model(folder, workdir):
         assert record["mlm"] == record["null_mlm"]
 
 
-@pytest.mark.parametrize("masking", ["span", "tokens"])
+@pytest.mark.parametrize(
+    "masking", [pytest.param("span", marks=pytest.mark.slow), "tokens"]
+)
 def test_other_masks_need_no_spans(folder, workdir, tmp_path, masking):
     bare = epath.Path(tmp_path)
     (tmp_path / "passages").symlink_to(workdir / "passages")
@@ -286,6 +288,7 @@ def test_an_index_of_another_corpus(spoilt, other):
     refused(config, workdir, version, "was made from passages")
 
 
+@pytest.mark.slow
 def test_each_run_has_its_own_indexes(spoilt):
     config, workdir = spoilt
     another = toy.changed(config, name="another", train={"steps": 4})

@@ -168,6 +168,7 @@ def index_of(workdir):
     return index_store.load_manifest(workdir / "index")
 
 
+@pytest.mark.slow
 @linux
 def test_vectors_that_were_read_are_let_go(tmp_path, chunks, monkeypatch):
     workdir = tiny_workdir.link(chunks, tmp_path)
