@@ -3,7 +3,6 @@
 import errno
 import os
 import pathlib
-import resource
 import subprocess
 import sys
 
@@ -103,6 +102,7 @@ def test_an_array_is_written_as_numpy_writes_it(tmp_path, array):
 
 
 TOO_LARGE = """
+import resource
 import numpy as np
 from realm_retro import artifacts
 from realm_retro.arrays import write_npy
@@ -115,6 +115,8 @@ def main(config, workdir):
     with stage.write("vectors.npy") as path:
         write_npy(path, np.zeros(100_000))
 
+# Here, not in a fork of the tests' process, which has threads.
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 common.run(main, name="embed", required=("workdir",))
 """
 
@@ -126,7 +128,6 @@ def test_a_limit_of_file_sizes_is_one_line(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(
