@@ -201,7 +201,7 @@ def cut_after(path: epath.Path, step: int) -> None:
 
     A kill can leave half a line at the end; like any later record, it goes.
     """
-    if not path.exists():
+    if not disk.there(path):
         return
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
