@@ -43,6 +43,7 @@ _BLOCK = 1 << 22
 # What file systems without locks answer.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL}
 _AGAIN = "delete it to go on with the settings of now, or {} to begin anew"
+_ANEW = "delete {} and run: python -m {}"
 # Directories that this process has claimed.
 _claimed: set[str] = set()
 
@@ -147,11 +148,7 @@ class Stage:
             # What is finished may lie on a read-only disk.
             if claim and not stage.finished:
                 stage._enter(claims, join)
-            request_file = directory / REQUEST
-            if not disk.there(request_file):
-                stage._write_first(REQUEST, request)
-            found = _read_json(request_file, remedy=_AGAIN.format(directory))
-            _refuse_other_request(directory, found, request)
+            _refuse_other_request(directory, stage._begun_with(), request)
             if not stage.finished:
                 (directory / PROGRESS).mkdir(exist_ok=True)
                 stage._claim = claims.pop_all()
@@ -164,7 +161,7 @@ class Stage:
 
     def has(self, name: str) -> bool:
         """Whether a file was written whole, by this process or an earlier one."""
-        return self._record(name).exists() and (self.directory / name).exists()
+        return disk.there(self._record(name)) and disk.there(self.directory / name)
 
     @contextlib.contextmanager
     def write(self, name: str) -> Iterator[epath.Path]:
@@ -205,7 +202,7 @@ class Stage:
     def _note_file(self, name: str, checksum: str = "") -> None:
         path = self.directory / name
         checksum = checksum or sha256(path)
-        record = {"bytes": path.stat().length, "sha256": checksum}
+        record = {"bytes": disk.size(path), "sha256": checksum}
         self._write_progress(self._record(name), record)
 
     def note(self, name: str, value: JsonDict) -> None:
@@ -216,7 +213,7 @@ class Stage:
     def noted(self, name: str) -> JsonDict | None:
         """What `note` kept, or None."""
         path = self.directory / PROGRESS / f"{name}.note.json"
-        return _read_json(path) if path.exists() else None
+        return _read_json(path) if disk.there(path) else None
 
     def restart(self) -> None:
         """Deletes the files written so far: for work that cannot resume half-way."""
@@ -254,7 +251,7 @@ class Stage:
             atomic.discard(self._shared / PROGRESS)
             body = _read_json(self.directory / MANIFEST)
             # A process that was killed may have left its lock.
-            with contextlib.suppress(UserError), claimed(self.directory):
+            with contextlib.suppress(UserError, OSError), claimed(self.directory):
                 pass
         else:
             (self.directory / PROGRESS).rmtree(missing_ok=True)
@@ -279,6 +276,27 @@ class Stage:
                 raise
             if not join:
                 raise UserError(f"{error}, or share its work with --join") from None
+
+    def _begun_with(self) -> JsonDict:
+        """What the directory was begun with: what is asked for now, if it is new."""
+        path = self.directory / REQUEST
+        # Without files nothing can be taken for made with the settings of now. So it is
+        # with a run's folder: its checkpoints say themselves whose they are.
+        remedy = _AGAIN.format(self.directory)
+        if self.recorded():
+            remedy = _ANEW.format(self.directory, self._request["made_by"])
+        if not disk.there(path):
+            if self.recorded():
+                raise UserError(
+                    f"{path}: is missing, and nothing else says which settings the"
+                    f" files beside it were made with; {remedy}"
+                )
+            if self.finished:
+                body = _read_json(self.directory / MANIFEST)
+                if isinstance(body, dict):
+                    return {name: body.get(name) for name in self._request}
+            self._write_first(REQUEST, self._request)
+        return _read_json(path, remedy=remedy)
 
     def _write_first(self, name: str, value: JsonDict) -> None:
         """Writes a JSON file; in a shared stage only where there is none."""
@@ -376,7 +394,7 @@ def load(
     directory = epath.Path(directory)
     path = directory / MANIFEST
     if not disk.there(path):
-        state = "unfinished" if (directory / REQUEST).exists() else "missing"
+        state = "unfinished" if disk.there(directory / REQUEST) else "missing"
         raise UserError(f"{directory}: {kind} {state}; run: python -m {made_by}")
     again = f"delete {directory} and run: python -m {made_by}"
     body = _read_json(path, remedy=again)
@@ -499,9 +517,9 @@ def _check_file(
     directory: epath.Path, name: str, record: JsonDict, *, again: str, verify: bool
 ) -> None:
     path = directory / name
-    if not path.exists():
+    if not disk.there(path):
         raise UserError(f"{path}: is missing; {again}")
-    size = path.stat().length
+    size = disk.size(path)
     if size != record["bytes"]:
         raise UserError(
             f"{path}: has {size} bytes where the manifest says {record['bytes']}"
@@ -557,7 +575,7 @@ def _place_first(temporary: epath.Path, final: epath.Path) -> bool:
     """
     if atomic.place(pathlib.Path(temporary), pathlib.Path(final)):
         return True
-    return final.stat().length == temporary.stat().length
+    return disk.size(final) == disk.size(temporary)
 
 
 def _read_json(path: epath.Path, *, remedy: str = "") -> Any:

@@ -35,6 +35,10 @@ _DISK_ERRORS = {
     " (ulimit -f) or choose another --workdir, and run the same command again",
     errno.EIO: "the disk cannot be read or written; run the same command again, and"
     " look for the cause if that does not help",
+    errno.ESTALE: "the network file system has lost that file; run the same command"
+    " again, and look for the cause if that does not help",
+    errno.EMFILE: "too many files are open; raise the limit (ulimit -n) and run the"
+    " same command again",
     errno.EACCES: "permission denied; change its permissions, or choose a --workdir"
     " that you can write",
     errno.EPERM: "permission denied; change its permissions, or choose a --workdir that"

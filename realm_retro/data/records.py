@@ -21,7 +21,7 @@ from etils import epath
 from tensorflow_datasets.core import example_serializer
 
 from realm_retro.data.corpus import FORMAT_VERSION, MADE_BY, Document
-from realm_retro.disk import named_errors
+from realm_retro.disk import named_errors, size, tells_damage
 from realm_retro.errors import UserError
 
 SPLIT = "train"  # TFDS wants a name; our own splits are made of chunks
@@ -107,11 +107,15 @@ class Records:
 
         Raises:
           UserError: they are no documents.
+          OSError: the disk cannot be read.
         """
         try:
             paths = [os.fspath(directory / name) for name in _shards(names)]
-            return cls(directory, ArrayRecordDataSource(paths))
+            with named_errors(directory):
+                return cls(directory, ArrayRecordDataSource(paths))
         except Exception as error:  # whatever the library makes of damaged files
+            if not tells_damage(error):
+                raise
             raise _damaged(directory, "its records", error) from None
 
     def __len__(self) -> int:
@@ -121,9 +125,12 @@ class Records:
         if not 0 <= row < len(self):
             raise IndexError(f"document {row} of {len(self)}")
         try:
-            record = features().deserialize_example_np(self._source[row])
+            with named_errors(self.directory):
+                record = features().deserialize_example_np(self._source[row])
             return Document(**{name: record[name].decode() for name in _FIELDS})
         except Exception as error:  # as above
+            if not tells_damage(error):
+                raise
             raise _damaged(self.directory, f"document {row}", error) from None
 
 
@@ -182,7 +189,7 @@ def write_metadata(directory: epath.Path, lengths: list[int]) -> None:
         split=SPLIT,
         filetype_suffix="array_record",
     )
-    num_bytes = sum(path.stat().length for path in directory.glob(f"{_NAME}-{SPLIT}.*"))
+    num_bytes = sum(size(path) for path in directory.glob(f"{_NAME}-{SPLIT}.*"))
     split = tfds.core.SplitInfo(
         name=SPLIT,
         shard_lengths=lengths,

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -160,14 +159,15 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _reading(self, step: int) -> Iterator[None]:
+        path = self.directory / str(step)
         try:
-            yield
+            with disk.named_errors(path):
+                yield
         except UserError:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-            path = self.directory / str(step)
-            if code := disk.error_code(error):
-                raise OSError(code, os.strerror(code), str(path)) from error
+            if not disk.tells_damage(error):
+                raise
             reason = " ".join(str(error).split())[:300]
             raise UserError(
                 f"{path}: cannot be read, it is damaged; delete it to go on from the"
@@ -231,7 +231,7 @@ def restore_params(
         raise UserError(f"{directory}: there is no checkpoint; {again}")
     with Checkpoints(run_dir) as checkpoints:
         step = checkpoints.latest() if step is None else step
-        if step is None or not (directory / str(step)).exists():
+        if step is None or not disk.there(directory / str(step)):
             which = "no whole checkpoint" if step is None else f"no checkpoint {step}"
             raise UserError(f"{directory}: there is {which}; {again}")
         abstract = states.abstract_params(init, mesh)

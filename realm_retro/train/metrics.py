@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import threading
 import time
 from collections.abc import Callable, Mapping
 from typing import TypeAlias
@@ -139,11 +140,8 @@ class MetricsLog:
         self._path = run_dir / FILE
         cut_after(self._path, resumed_at)
         self._file = self._path.open("a")
-        # An endless queue: where the disk is full its thread dies, and a full one
-        # would be waited for for ever. `write` meets the same error.
-        self._board = SummaryWriter(
-            str(run_dir / "tensorboard"), purge_step=resumed_at + 1, max_queue=0
-        )
+        self._board_dir = str(run_dir / "tensorboard")
+        self._board = self._open_board(resumed_at + 1)
 
     def __enter__(self) -> MetricsLog:
         return self
@@ -155,9 +153,32 @@ class MetricsLog:
             finally:
                 self._board.close()
 
+    def _open_board(self, step: int) -> SummaryWriter:
+        """A new file for TensorBoard, which forgets what it has of `step` and later."""
+        before = set(threading.enumerate())
+        # An endless queue: where the disk is full its thread dies, and a full one
+        # would be waited for for ever. `write` meets the same error.
+        board = SummaryWriter(
+            self._board_dir,
+            purge_step=step,
+            max_queue=0,
+            # Else files that are opened within a second have the same name.
+            filename_suffix=f".{step}",
+        )
+        self._board_threads = set(threading.enumerate()) - before
+        return board
+
     def write(self, record: Mapping[str, float]) -> None:
-        """Writes one record, at once, so that a killed run keeps it."""
+        """Writes one record, at once, so that a killed run keeps it.
+
+        Raises:
+          OSError: the disk is full.
+        """
         with disk.named_errors(self._path):
+            if not all(thread.is_alive() for thread in self._board_threads):
+                # It died of the disk. What it was handed since is in the file alone.
+                self._board.close()
+                self._board = self._open_board(int(record["step"]))
             self._file.write(json.dumps(record) + "\n")
             self._file.flush()
             for name, value in record.items():
@@ -201,7 +222,7 @@ def cut_after(path: epath.Path, step: int) -> None:
 
     A kill can leave half a line at the end; like any later record, it goes.
     """
-    if not path.exists():
+    if not disk.there(path):
         return
     lines = path.read_bytes().splitlines(keepends=True)
     kept = [line for line in lines if _step_of(line) <= step]
@@ -213,5 +234,5 @@ def cut_after(path: epath.Path, step: int) -> None:
 def _step_of(line: bytes) -> float:
     try:
         return float(json.loads(line)["step"]) if line.endswith(b"\n") else math.inf
-    except (ValueError, LookupError, TypeError, RecursionError):
+    except (ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
         return math.inf

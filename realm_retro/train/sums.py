@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from realm_retro.parallel import hosts
 from realm_retro.typing import Array, PyTree
 
 # Even: with 1 added, every multiple of it is odd, and a change that is multiplied by an
@@ -25,7 +26,9 @@ def of(tree: PyTree) -> dict[str, str]:
     row-major order; one pass over the memory of each device.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    found = np.asarray(_sums([leaf for _, leaf in leaves])) if leaves else ()
+    arrays = [leaf for _, leaf in leaves]
+    # XLA leaves so few numbers whole on every device, but nothing obliges it to.
+    found = np.asarray(hosts.readable(_sums(arrays))) if leaves else ()
     return {
         jax.tree_util.keystr(path): f"{leaf.dtype} {value:08x}"
         for (path, leaf), value in zip(leaves, found, strict=True)

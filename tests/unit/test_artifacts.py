@@ -1,5 +1,6 @@
 """What a reader of artefacts refuses, and what a writer resumes."""
 
+import errno
 import json
 import os
 import pathlib
@@ -7,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import small_disk
 from etils import epath
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -454,6 +456,60 @@ def test_a_damaged_request_is_one_line(tmp_path):
     (tmp_path / artifacts.REQUEST).write_text('{"kind": ')
     with pytest.raises(UserError, match="is not JSON"):
         open_stage(tmp_path)
+
+
+@pytest.mark.parametrize("text", [None, '{"kind": '])
+def test_files_of_unknown_settings_are_not_gone_on_with(tmp_path, text):
+    """Whoever deleted the request alone would mix two settings in one artefact."""
+    write_all(open_stage(tmp_path / "a", config={"seed": 1}))
+    path = tmp_path / "a" / artifacts.REQUEST
+    path.unlink()
+    if text:
+        path.write_text(text)
+    with pytest.raises(UserError, match=rf"; delete {path.parent} and run: ") as said:
+        open_stage(tmp_path / "a", config={"seed": 2})
+    assert str(path) in str(said.value)
+    assert "settings of now" not in str(said.value)
+
+
+def test_a_finished_stage_says_what_it_was_made_with(tmp_path):
+    make(tmp_path, config={"seed": 1})
+    (tmp_path / artifacts.REQUEST).unlink()
+    assert open_stage(tmp_path, config={"seed": 1}).finished
+    with pytest.raises(UserError, match=r"config\.seed: 1 there, 2 here"):
+        open_stage(tmp_path, config={"seed": 2})
+
+
+def test_what_may_not_be_seen_is_not_missing(artefact):
+    if os.geteuid() != 0:
+        pytest.skip("only root can become somebody else")
+    stage = open_stage(artefact.parent / "b")
+    write_all(stage)
+    # pytest's own folder is for root alone, and nobody sees what is in it.
+    with small_disk.as_nobody():
+        for look in (lambda: load(artefact), lambda: stage.has("sub/shard-1.bin")):
+            with pytest.raises(PermissionError):
+                look()
+
+
+def test_an_owner_without_a_name_may_write(tmp_path, monkeypatch):
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    make(tmp_path / "a")
+    assert load(tmp_path / "a").files.keys() == FILES.keys()
+
+
+def test_a_lock_that_cannot_be_cleaned_up_is_no_error(tmp_path, monkeypatch):
+    """The manifest is written: what a killed process left may stay."""
+    stage = open_stage(tmp_path, join=False)
+    joined = open_stage(tmp_path, join=True)
+    write_all(joined)
+
+    def fail(*_):
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    stage.close()
+    monkeypatch.setattr(artifacts, "_lock", fail)
+    assert joined.commit({}).files.keys() == FILES.keys()
 
 
 def test_a_full_disk_is_passed_on_and_leaves_nothing(tmp_path):

@@ -2,8 +2,6 @@
 
 import errno
 import os
-import pathlib
-import resource
 import subprocess
 import sys
 
@@ -36,11 +34,57 @@ def test_what_was_there_stays_until_the_new_is_whole(tmp_path):
     assert path.read_text() == "new"
 
 
-def test_a_device_is_written_to_as_it_is():
-    with disk.replacing("/dev/null") as path:
-        path.write_text("gone")
-    assert pathlib.Path("/dev/null").is_char_device()
-    assert not pathlib.Path("/dev/null.tmp").exists()
+def test_a_pipe_is_written_to_as_it_is(tmp_path):
+    """So is a device. None of /dev: a mistake would replace it for all processes."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with disk.replacing(pipe) as path:
+            path.write_text("through")
+        assert os.read(reader, 100) == b"through"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+    assert [path.name for path in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_link_stays_and_what_it_leads_to_is_replaced(tmp_path):
+    (tmp_path / "folder").mkdir()
+    file, link = tmp_path / "folder" / "file", tmp_path / "link"
+    link.symlink_to(file)
+    for text in ("first", "second"):  # nothing is there at first
+        with disk.replacing(link) as temporary:
+            temporary.write_text(text)
+            assert not file.exists() or file.read_text() == "first"
+        assert link.is_symlink()
+        assert file.read_text() == text
+    assert [path.name for path in file.parent.iterdir()] == ["file"]
+
+
+OUTPUT = """
+import os, sys
+from realm_retro import disk
+
+print("before", flush=True)
+with disk.replacing(sys.argv[1]) as path, path.open("a") as file:
+    file.write("report\\n")
+os.lseek(1, 0, os.SEEK_END)
+print("after", flush=True)
+"""
+
+
+def test_a_link_to_the_output_is_written_to_as_it_is(tmp_path):
+    """Nothing printed is lost, as it were if another file took the output's place."""
+    link, output = tmp_path / "stdout", tmp_path / "output"
+    # Not /dev/stdout, which a mistake would replace for all.
+    link.symlink_to("/proc/self/fd/1")
+    if not link.exists():
+        pytest.skip("this system has no /proc")
+    with output.open("w") as file:
+        subprocess.run([sys.executable, "-c", OUTPUT, link], stdout=file, check=True)
+    assert link.is_symlink()
+    assert output.read_text() == "before\nreport\nafter\n"
 
 
 @pytest.mark.parametrize(
@@ -50,6 +94,8 @@ def test_a_device_is_written_to_as_it_is():
         (ValueError("Disk quota exceeded [OS error 122]"), errno.EDQUOT),
         (RuntimeError("PERMISSION_DENIED: Permission denied"), errno.EACCES),
         (ValueError("Read-only file system"), errno.EROFS),
+        (ValueError("Error reading x: Input/output error"), errno.EIO),
+        (RuntimeError("Stale file handle"), errno.ESTALE),
         (OSError(errno.ENOSPC, "full"), errno.ENOSPC),
         (OSError(errno.EIO, "broken"), errno.EIO),
     ],
@@ -72,6 +118,31 @@ def test_other_errors_stay_what_they_are(kind):
     text = "No space left on device" if kind is UserError else "no room"
     with pytest.raises(kind, match=text), disk.named_errors("x"):
         raise kind(text)
+
+
+@pytest.mark.parametrize(
+    ("error", "damage"),
+    [
+        (ValueError("a bad block"), True),
+        (FileNotFoundError(errno.ENOENT, "gone"), True),
+        (OSError("a library says that it is truncated"), True),
+        (OSError(errno.EIO, "broken"), False),
+        (OSError(errno.EMFILE, "too many"), False),
+        (OSError("write: No space left on device"), False),
+        (MemoryError(), False),
+    ],
+)
+def test_only_what_a_file_holds_is_damage(error, damage):
+    assert disk.tells_damage(error) == damage
+
+
+def test_an_owner_without_a_name_is_no_error(tmp_path, monkeypatch):
+    """In a container the user's number may stand in no list of users."""
+    monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)
+    (tmp_path / "file").write_text("four")
+    assert disk.there(tmp_path / "file")
+    assert disk.size(tmp_path / "file") == 4
+    assert not disk.there(tmp_path / "none")
 
 
 def test_nobody_is_told_that_a_hidden_file_is_missing(tmp_path):
@@ -103,6 +174,7 @@ def test_an_array_is_written_as_numpy_writes_it(tmp_path, array):
 
 
 TOO_LARGE = """
+import resource
 import numpy as np
 from realm_retro import artifacts
 from realm_retro.arrays import write_npy
@@ -115,6 +187,8 @@ def main(config, workdir):
     with stage.write("vectors.npy") as path:
         write_npy(path, np.zeros(100_000))
 
+# Here, not in a fork of the tests' process, which has threads.
+resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))
 common.run(main, name="embed", required=("workdir",))
 """
 
@@ -126,7 +200,6 @@ def test_a_limit_of_file_sizes_is_one_line(tmp_path):
         capture_output=True,
         text=True,
         check=False,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000)),
     )
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith(

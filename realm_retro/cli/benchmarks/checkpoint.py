@@ -21,6 +21,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from realm_retro import config as config_lib
+from realm_retro import disk
 from realm_retro.cli import common
 from realm_retro.cli.benchmarks import children, steps, workdirs
 from realm_retro.cli.benchmarks.report import Report, Series
@@ -137,7 +138,7 @@ def _resume(
 
 
 def _size(folder: epath.Path) -> int:
-    return sum(path.stat().length for path in folder.rglob("*") if path.is_file())
+    return sum(disk.size(path) for path in folder.rglob("*") if path.is_file())
 
 
 def _report(

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from etils import epath
 
+from realm_retro import disk
 from realm_retro.cli import quickstart_report
 from realm_retro.typing import JsonDict
 
@@ -110,9 +111,8 @@ def as_json(report: Report, *, suite: str, command: str, machine: JsonDict) -> J
 def write(path: epath.Path, body: JsonDict) -> None:
     """Writes the JSON file whole, over an older one."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f"{path.name}.tmp"
-    temporary.write_text(json.dumps(body, indent=1))
-    temporary.replace(path)
+    with disk.replacing(path) as temporary:
+        temporary.write_text(json.dumps(body, indent=1))
 
 
 def render(body: JsonDict) -> str:

@@ -11,6 +11,7 @@ import tempfile
 from etils import epath
 
 from realm_retro import config as config_lib
+from realm_retro import disk
 from realm_retro.cli import common, quickstart_stages
 from realm_retro.cli.benchmarks import children, report, steps, workdirs
 from realm_retro.cli.benchmarks.report import Report, Series
@@ -74,7 +75,7 @@ def _start(
 
 
 def _size_mb(folder: epath.Path) -> float:
-    return sum(p.stat().length for p in folder.rglob("*") if p.is_file()) / 1e6
+    return sum(disk.size(p) for p in folder.rglob("*") if p.is_file()) / 1e6
 
 
 def _report(

@@ -116,7 +116,7 @@ def clone(source: epath.Path, target: epath.Path) -> None:
     """
 
     def copy(one: str, other: str) -> None:
-        if _FINAL & set(one.split(os.sep)):
+        if _FINAL & set(os.path.relpath(one, source).split(os.sep)):
             with contextlib.suppress(OSError):
                 os.link(one, other)
                 return

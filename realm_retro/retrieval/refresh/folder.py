@@ -142,7 +142,13 @@ def in_use(root: pathlib.Path) -> set[int]:
             used.update(int(step) for step in json.loads(path.read_text())["steps"])
         except FileNotFoundError:
             continue
-        except (ValueError, LookupError, TypeError, ArithmeticError) as error:
+        except (
+            ValueError,
+            LookupError,
+            TypeError,
+            ArithmeticError,
+            RecursionError,
+        ) as error:
             raise UserError(
                 f"{path}: is damaged ({error}); delete it, its owner writes it anew"
             ) from None

@@ -73,6 +73,8 @@ def test_the_json_holds_what_the_table_shows(tmp_path):
     )
     path = epath.Path(tmp_path / "a" / "b.json")
     report.write(path, body)
+    report.write(path, body)
+    assert [file.name for file in path.parent.iterdir()] == ["b.json"]
     assert json.loads(path.read_text()) == body
     text = report.render(json.loads(path.read_text()))
     for shown in ("0.1235", "12,346", "0.05", "≤ 0.1", "What it costs (3 rounds)"):

@@ -163,6 +163,15 @@ def test_a_clone_shares_only_what_never_changes(workdir, tmp_path):
     assert (workdir / "chunks" / "file").exists()
 
 
+def test_a_clone_does_not_mind_what_its_workdir_is_called(tmp_path):
+    source = epath.Path(tmp_path / "versions" / "source")
+    source.mkdir(parents=True)
+    (source / "metrics.jsonl").write_text("1")
+    workdirs.clone(source, source.parent / "copy")
+    (source.parent / "copy" / "metrics.jsonl").write_text("2")
+    assert (source / "metrics.jsonl").read_text() == "1"
+
+
 def test_missing_stages_are_those_before_the_training():
     stages = workdirs._stages
     plain = {"model": {"cca_layers": ()}, "name": "a"}

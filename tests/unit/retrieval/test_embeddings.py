@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from realm_retro import artifacts
 from realm_retro.errors import UserError
 from realm_retro.retrieval import embeddings
 from realm_retro.retrieval.embed import EmbedConfig
@@ -63,7 +64,8 @@ def test_shape_must_be_the_manifest_s(directory):
     path = directory / "manifest.json"
     body = json.loads(path.read_text())
     body["meta"]["dim"] = 5
-    path.write_text(json.dumps(body))
+    del body[artifacts.CHECKSUM]
+    path.write_text(json.dumps(artifacts.seal(body)))
     with pytest.raises(UserError, match=r"holds \(11, 4\) vectors .* says \(11, 5\)"):
         Embeddings.open(directory)
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import pathlib
@@ -157,6 +158,27 @@ def test_truncated_files_are_an_error(run_dir, pattern, bytes_left):
         check=True,
     )
     assert re.search(r"checkpoints/3: cannot be read, it is damaged", process.stdout)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.EIO, "x"),
+        OSError(errno.EMFILE, "x"),
+        ValueError("Error reading 'd/x': Input/output error"),
+    ],
+)
+def test_a_disk_that_fails_is_no_damage(run_dir, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    _, _, abstract = plan(toy.mesh_of(1, 1, 1))
+    with Checkpoints(run_dir) as checkpoints:
+        monkeypatch.setattr(checkpoints._manager, "restore", fail)
+        with pytest.raises(OSError, match=re.escape(str(run_dir))) as raised:
+            checkpoints.restore(3, abstract)
+    assert raised.value.errno == (error.errno if isinstance(error, OSError) else 5)
+    assert "delete" not in str(raised.value)
 
 
 def test_another_model_is_an_error(run_dir, monkeypatch):

@@ -1,9 +1,13 @@
+import errno
 import json
+import threading
+import time
 
 import numpy as np
 import pytest
 import toy_training as toy
 from etils import epath
+from tensorboardX import event_file_writer
 
 from realm_retro.train import metrics
 from realm_retro.train.metrics import Meter, MetricsLog
@@ -137,7 +141,11 @@ def test_records_beyond_the_checkpoint_are_forgotten(tmp_path):
     assert steps_of(run_dir) == [1]
 
 
-@pytest.mark.parametrize("torn", ['{"step": 2, "lo', '{"step": 2}', '{"st\n', "7\n"])
+TORN = ['{"step": 2, "lo', '{"step": 2}', '{"st\n', "7\n"]
+FAR = f'{{"step": 1{"0" * 400}}}\n'  # no float is so large
+
+
+@pytest.mark.parametrize("torn", [*TORN, FAR])
 def test_a_torn_line_goes(tmp_path, torn):
     run_dir = epath.Path(tmp_path)
     write(run_dir, [1])
@@ -151,3 +159,36 @@ def test_tensorboard_gets_each_value(tmp_path):
     write(epath.Path(tmp_path), [1, 2])
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert events.read_bytes().count(b"loss") == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_tensorboard_goes_on_when_its_thread_has_died(tmp_path, monkeypatch):
+    """Of a disk that was full for a moment, between two records."""
+    whole = event_file_writer.EventsWriter.write_event
+    full, written = threading.Event(), []
+
+    def write_event(writer, event):
+        if full.is_set():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(writer, event)
+        written.append(str(event))
+
+    def until(reached):
+        deadline = time.monotonic() + 30
+        while not reached():
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+    monkeypatch.setattr(event_file_writer.EventsWriter, "write_event", write_event)
+    with MetricsLog(epath.Path(tmp_path), resumed_at=0) as log:
+        log.write({"step": 1, "first": 1.0})
+        until(lambda: "first" in "".join(written))
+        full.set()
+        log.write({"step": 2, "lost": 1.0})
+        until(lambda: not all(thread.is_alive() for thread in log._board_threads))
+        full.clear()
+        log.write({"step": 3, "third": 1.0})
+    assert steps_of(tmp_path) == [1, 2, 3]
+    events = sorted((tmp_path / "tensorboard").iterdir())
+    found = b"".join(path.read_bytes() for path in events)
+    assert (b"first" in found, b"third" in found) == (True, True)

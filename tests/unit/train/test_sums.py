@@ -57,6 +57,8 @@ def test_no_mesh_changes_them(sizes):
     mesh = toy.mesh_of(*sizes)
     for names in (("batch", None), ("embed", "mlp"), (None, None)):
         placed = jax.device_put(array, axes.sharding(names, array.shape, mesh))
+        # As several hosts need it: each reads them from its own devices.
+        assert sums._sums([placed]).is_fully_replicated
         assert sums.of([placed]) == sums.of([jnp.asarray(array)])
 
 

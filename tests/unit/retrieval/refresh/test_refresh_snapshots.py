@@ -142,5 +142,6 @@ def test_a_damaged_mark_is_named(tmp_path):
     refresh.mark_using(tmp_path, [3], owner="trainer")
     assert folder.in_use(tmp_path) == {3}
     path = tmp_path / "using" / "trainer.json"
-    path.write_text("[")
-    assert str(path) in refusal(folder.in_use, tmp_path)
+    for text in ("[", "[" * 100_000, '{"steps": [Infinity]}'):
+        path.write_text(text)
+        assert str(path) in refusal(folder.in_use, tmp_path)
