@@ -114,12 +114,19 @@ def largest_buffers(message: str) -> list[JsonDict]:
 def _communication(
     collectives: Sequence[Collective], mesh: Mesh, place: Topology
 ) -> JsonDict:
-    devices = list(mesh.devices.flat)
+    at = [topology.coordinates(device) for device in mesh.devices.flat]
     kinds: dict[str, JsonDict] = {}
     listed, total = [], 0.0
     for one in collectives:
-        group = [topology.coordinates(devices[i]) for i in one.group]
-        seconds = one.sent / place.bandwidth(group)
+        group = [at[i] for i in one.group]
+        if one.pairs:
+            # A link carries what all pairs send over it: as far as the longest way.
+            far = max(place.distance(*(at[i] for i in pair)) for pair in one.pairs)
+            seconds = one.sent * max(far, 1) / place.chip.link_bandwidth
+        elif one.kind == "all-to-all":
+            seconds = one.sent / place.exchange_bandwidth(group)
+        else:
+            seconds = one.sent / place.bandwidth(group)
         total += seconds
         entry = kinds.setdefault(
             one.kind, {"times": 0, "bytes": 0, "sent": 0.0, "seconds": 0.0}

@@ -24,6 +24,7 @@ from realm_retro.train.state import TrainState
 from realm_retro.typing import Config, JsonDict, PyTree
 
 T = TypeVar("T")
+_TASKS = ("retro", "realm_pretrain", "realm_ict", "realm_finetune")
 _MESSAGE = "config.plan.rows={rows}: say how many {what} the corpus has"
 
 
@@ -79,6 +80,8 @@ def make(config: Config, settings: PlanConfig, mesh: Mesh | AbstractMesh) -> Tas
     name = config_lib.as_dict(config).get("task", "retro")
     train = _build(config, "train", TrainConfig)
     made: Any = mesh  # an abstract mesh has all that a step without data asks of one
+    if name not in _TASKS:
+        raise UserError(f"config.task={name!r} is not known; use {', '.join(_TASKS)}")
     if name == "retro":
         recipe = retro_recipe.outline(config, made)
         batch = retro_recipe.abstract_batch(retro_recipe.model_config(config), train)
@@ -116,15 +119,10 @@ def _realm(
         return recipe, shapes.pretrain_batch(model, search, rows, size=size, mesh=mesh)
     if name == "realm_ict":
         return ict_recipe.outline(model, train, mesh), shapes.ict_batch(model, rows)
-    if name == "realm_finetune":
-        qa = _build(config, "qa", QaConfig)
-        model = finetune.model_for(model, qa)
-        recipe = finetune.outline(model, qa, train, mesh)
-        return recipe, shapes.finetune_batch(model, qa, rows)
-    raise UserError(
-        f"config.task={name!r} is not known; use retro, realm_pretrain, realm_ict or"
-        " realm_finetune"
-    )
+    qa = _build(config, "qa", QaConfig)
+    model = finetune.model_for(model, qa)
+    recipe = finetune.outline(model, qa, train, mesh)
+    return recipe, shapes.finetune_batch(model, qa, rows)
 
 
 def state_bytes(task: Task) -> JsonDict:

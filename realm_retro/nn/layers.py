@@ -199,7 +199,11 @@ class TokenEmbedding(nn.Module):
 
     def __call__(self, tokens: Int[Array, "*axes"]) -> Float[Array, "*axes width"]:
         """Looks tokens up."""
-        rows = jnp.take(self.table, tokens, axis=0).astype(self.dtype)
+        # Whole in width, as for a product; or the compiler may look up pieces of the
+        # global batch's rows on each device and gather those.
+        table = axes.constrain(self.table, ("vocab", None))
+        rows = jnp.take(table, tokens, axis=0).astype(self.dtype)
+        rows = axes.constrain(rows, ("batch", *(None,) * (rows.ndim - 1)))
         return rows * jnp.asarray(self.width**0.5, self.dtype)
 
     def logits(self, x: Float[Array, "*axes width"]) -> Float[Array, "*axes vocab"]:

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-import numpy as np
+from realm_retro.parallel import hlo_groups
 
 _BITS = {
     "pred": 8,
@@ -66,6 +66,18 @@ class Instruction:
         return tuple(found)
 
     @property
+    def goes_on(self) -> bool:
+        """Whether it only goes on with, or awaits, what another has started.
+
+        On TPUs each fusion beside which a collective runs holds the collective again.
+        """
+        return (
+            self.kind.endswith(("-update", "-done"))
+            or self.name.startswith("async-collective-done")
+            or any(name.startswith("async_collective_fusion") for name in self.called)
+        )
+
+    @property
     def source(self) -> str:
         """What it was in the Python program, as XLA remembers."""
         found = re.search(r'op_name="([^"]*)"', self.attributes)
@@ -83,6 +95,7 @@ class Collective:
       times: how often it runs in a step.
       source: see `Instruction.source`.
       shape: of the result.
+      pairs: positions of who sends and who receives, of a permutation.
     """
 
     kind: str
@@ -91,6 +104,7 @@ class Collective:
     times: int
     source: str
     shape: str
+    pairs: tuple[tuple[int, int], ...] = ()
 
     @property
     def payload(self) -> int:
@@ -144,10 +158,14 @@ class Program:
         found = []
         for name, times in self._all_runs().items():
             body = self.computations[name]
+            # On TPUs a fusion of this name is an all-reduce whose result is cut.
+            scattered = name.startswith("all-reduce-scatter")
             for instruction in body.values():
                 kind = instruction.kind.removesuffix("-start")
                 if kind not in KINDS:
                     continue
+                if scattered and kind == "all-reduce":
+                    kind = "reduce-scatter"
                 size = sum(
                     shape_bytes(body[operand].shape)
                     for operand in instruction.operands
@@ -157,7 +175,8 @@ class Program:
                     Collective(
                         kind=kind,
                         bytes=size,
-                        group=_group(instruction.attributes, devices),
+                        group=hlo_groups.group(instruction.attributes, devices),
+                        pairs=hlo_groups.pairs(instruction.attributes),
                         times=times,
                         source=instruction.source,
                         shape=instruction.shape,
@@ -187,7 +206,7 @@ class Program:
                     "fusion",
                     "custom-call",
                 ):
-                    if instruction.kind in ("async-update", "async-done"):
+                    if instruction.goes_on:
                         continue
                     for called in instruction.called:
                         if called in self.computations:
@@ -203,21 +222,34 @@ class Program:
         condition = re.search(r"condition=%?([\w.\-]+)", loop.attributes)
         if condition is None:
             return None
-        # A scan counts from 0 up to the one number that its condition knows.
-        limits = [
-            int(instruction.attributes)
-            for name in self._below(condition[1])
-            for instruction in self.computations[name].values()
-            if instruction.kind == "constant" and instruction.attributes.isdigit()
-        ]
-        return max(limits) if limits else None
+        # A scan counts from 0 up to the one number that its condition compares with.
+        limits = {int(limit) for limit in self._compared(condition[1], ())}
+        return limits.pop() if len(limits) == 1 else None
 
-    def _below(self, name: str) -> Iterator[str]:
-        yield name
-        for instruction in self.computations[name].values():
-            for called in instruction.called:
-                if called in self.computations:
-                    yield from self._below(called)
+    def _compared(self, name: str, given: Sequence[str]) -> Iterator[str]:
+        """Numbers that the last line of a computation compares with.
+
+        Args:
+          name: of the computation.
+          given: the numbers among its arguments, "" for what is none.
+        """
+        body = self.computations[name]
+        values = {
+            one.name: (
+                given[int(one.attributes)]
+                if one.kind == "parameter" and int(one.attributes) < len(given)
+                else one.attributes
+                if one.kind == "constant"
+                else ""
+            )
+            for one in body.values()
+        }
+        last = list(body.values())[-1]
+        operands = [values.get(operand, "") for operand in last.operands]
+        if last.kind == "compare":
+            yield from filter(str.isdigit, operands)
+        elif last.kind in ("fusion", "call") and last.called:
+            yield from self._compared(last.called[0], operands)
 
 
 def parse(text: str) -> Program:
@@ -289,22 +321,3 @@ def _closing(text: str) -> int:
         if not depth:
             return place
     return len(text)
-
-
-def _group(attributes: str, devices: int) -> tuple[int, ...]:
-    """The first group of devices; of a permutation the first pair."""
-    if pairs := re.search(r"source_target_pairs=\{\{(\d+),(\d+)\}", attributes):
-        return int(pairs[1]), int(pairs[2])
-    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
-        return tuple(map(int, listed[1].split(",")))
-    pattern = r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
-    if iota := re.search(pattern, attributes):
-        groups, sizes = _numbers(iota[1]), _numbers(iota[2])
-        order = _numbers(iota[3]) if iota[3] else range(len(sizes))
-        ids = np.arange(math.prod(sizes)).reshape(sizes).transpose(*order)
-        return tuple(map(int, ids.reshape(groups)[0]))
-    return tuple(range(devices))
-
-
-def _numbers(text: str) -> Sequence[int]:
-    return [int(number) for number in text.split(",")]

@@ -132,14 +132,46 @@ class Topology:
         """What a chip can send to others of a group together, bytes a second.
 
         A ring has a link in each direction. On a line the chip at its end has one, and
-        the others wait for it.
+        the others wait for it; a part of a ring is a line.
+
+        Args:
+          coordinates: of the chips of the group.
+        """
+        links = 0
+        for held, size in zip(_held(coordinates), self.shape, strict=False):
+            if held > 1:
+                links += 2 if self.closed and held == size else 1
+        return max(links, 1) * self.chip.link_bandwidth
+
+    def exchange_bandwidth(self, coordinates: Iterable[Sequence[int]]) -> float:
+        """What a chip can send where each of a group sends to every other.
+
+        Half of what the chips of one half send goes through the links between the
+        halves, of which the longest dimension has the fewest.
 
         Args:
           coordinates: of the chips of the group.
         """
         positions = list(coordinates)
-        spanned = sum(len(set(axis)) > 1 for axis in zip(*positions, strict=True))
-        return max(spanned, 1) * self.chip.link_bandwidth * (2 if self.closed else 1)
+        held = _held(positions)
+        longest = max(range(len(held)), key=lambda d: held[d])
+        closed = self.closed and held[longest] == self.shape[longest]
+        # n/2 chips send half of their bytes over n/longest links, or twice as many.
+        links = 4 / held[longest] * (2 if closed else 1)
+        return min(links * self.chip.link_bandwidth, self.bandwidth(positions))
+
+    def distance(self, one: Sequence[int], other: Sequence[int]) -> int:
+        """Links between two chips, the shortest way."""
+        steps = 0
+        for a, b, size in zip(one, other, self.shape, strict=False):
+            step = abs(a - b)
+            steps += min(step, size - step) if self.closed else step
+        return steps
+
+
+def _held(coordinates: Iterable[Sequence[int]]) -> list[int]:
+    """How many different coordinates a group has along each dimension."""
+    return [len(set(axis)) for axis in zip(*coordinates, strict=True)]
 
 
 def parse(text: str) -> Topology:
@@ -185,11 +217,12 @@ def devices(topology: Topology) -> list[Any]:
     # Or libtpu looks for the chips and the metadata server of a cloud machine.
     for name, value in {
         "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_ACCELERATOR_TYPE": topology.accelerator,
         "TPU_WORKER_HOSTNAMES": "localhost",
         "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
     }.items():
         os.environ.setdefault(name, value)
+    # Each slice's own, also where another was compiled for before.
+    os.environ["TPU_ACCELERATOR_TYPE"] = topology.accelerator
     try:
         described = topologies.get_topology_desc(
             platform="tpu", topology_name=str(topology)

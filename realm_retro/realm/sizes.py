@@ -69,6 +69,7 @@ def base() -> Config:
             "train": {
                 "steps": 200_000,
                 "batch_size": 512,
+                "accumulation": 1,
                 "log_every": 100,
                 "checkpoint_every": 500,
                 "on_bad_step": "stop",

@@ -79,6 +79,7 @@ def paper(name: str) -> Config:
                 "batch_size": batch,
                 "sequence_chunks": 32,
                 "neighbours": 2,
+                "accumulation": 1,
                 "log_every": 100,
                 "checkpoint_every": 1000,
                 "on_bad_step": "stop",

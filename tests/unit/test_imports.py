@@ -38,7 +38,9 @@ FOREIGN = set(
 # default of the numpy that is installed.
 NUMPY_READERS = {"np.load", "numpy.load"}
 # What runs text as a program, or a file as one.
-RUNS_CODE = set("eval exec compile read_pickle run_path load_module".split())  # noqa: SIM905
+RUNS_CODE = set("eval exec read_pickle run_path load_module".split())  # noqa: SIM905
+# Likewise, but only by itself: `re.compile` and a traced program's are other things.
+BUILT_IN = {"compile"}
 
 
 def part_of(path):
@@ -91,7 +93,10 @@ def use_faults(source):
                 keyword.arg for keyword in node.keywords
             }:
                 yield f"{node.lineno}: {name} without allow_pickle=False"
-            elif name.split(".")[-1] in RUNS_CODE and not name.startswith("re."):
+            elif (
+                name.removeprefix("builtins.") in BUILT_IN
+                or name.split(".")[-1] in RUNS_CODE
+            ):
                 yield f"{node.lineno}: {name}"
         elif (
             isinstance(node, ast.keyword)
@@ -171,11 +176,20 @@ def test_the_rules_allow_a_right_import(file, statement):
         "numpy.load(path, **options)",
         "eval(text)",
         "exec(path.read_text())",
+        "compile(text, 'f', 'exec')",
+        "builtins.compile(text, 'f', 'exec')",
         "pandas.read_pickle(path)",
     ],
 )
 def test_the_rules_see_a_wrong_use(statement):
     assert list(use_faults(statement))
+
+
+@pytest.mark.parametrize(
+    "statement", ["re.compile(text)", "jax.jit(f).lower(x).compile()"]
+)
+def test_the_rules_allow_a_right_use(statement):
+    assert not list(use_faults(statement))
 
 
 def test_every_module_imports_without_tensorflow_and_torch():

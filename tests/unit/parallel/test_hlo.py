@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
-from realm_retro.parallel import hlo, hlo_traffic
+from realm_retro.parallel import hlo, hlo_groups, hlo_traffic
 from realm_retro.parallel.mesh import MeshConfig, make_mesh
 
 PROGRAM = """\
@@ -93,6 +93,138 @@ def test_memory_is_moved_by_what_is_sliced_and_not_fused(program):
     turn = (layer + 4 + layer) + layer + (x + gathered) + 12
     # The condition compares two numbers; outside three collectives of 8 numbers.
     assert hlo_traffic.traffic(program) == 12 * (turn + 9) + 3 * 64
+
+
+@pytest.mark.parametrize(
+    ("lines", "moved"),
+    [
+        # 64 of 256 columns are read and written; the core's own memory is free.
+        (
+            [
+                "%s = ((f32[256,256]{1,0}), f32[256,64]{1,0}, s32[]{:S(2)}) slice-start(%big), slice={[0:256], [0:64]}",
+                "%t = f32[256,64]{1,0} slice-done(%s)",
+            ],
+            2 * 256 * 64 * 4,
+        ),
+        (
+            [
+                "%s = ((f32[256,256]{1,0}), f32[256,64]{1,0:S(1)}, s32[]{:S(2)}) slice-start(%big), slice={[0:256], [0:64]}",
+                "%t = f32[256,64]{1,0:S(1)} slice-done(%s)",
+            ],
+            256 * 64 * 4,
+        ),
+        (
+            [
+                "%s = (f32[256,256]{1,0}, f32[256,256]{1,0}, u32[]{:S(2)}) copy-start(%big)",
+                "%t = f32[256,256]{1,0} copy-done(%s)",
+            ],
+            2 * 256 * 256 * 4,
+        ),
+        (
+            [
+                "%s = (f32[256,256]{1,0:S(1)}, f32[256,256]{1,0}, u32[]{:S(2)}) copy-start(%big)",
+                "%t = f32[256,256]{1,0:S(1)} copy-done(%s)",
+            ],
+            256 * 256 * 4,
+        ),
+        (["%t = f32[256,256]{1,0} broadcast(%x.0), dimensions={1}"], 32 + 256 * 1024),
+        (["%t = f32[256,256]{1,0} iota(), iota_dimension=0"], 256 * 1024),
+    ],
+)
+def test_what_is_started_is_moved_once(program, lines, moved):
+    lines = ["%big = f32[256,256]{1,0} parameter(3)", *lines]
+    text = PROGRAM.replace("  %zero.1 =", "".join(f"  {x}\n" for x in lines) + "  %zero.1 =")
+    before = hlo_traffic.traffic(program)
+    assert hlo_traffic.traffic(hlo.parse(text)) - before == moved
+
+
+# A gather beside a product, as XLA prints it for TPUs: begun, carried on, awaited.
+ASYNC = """\
+%begin (b: f32[8]) -> (f32[8], f32[64]) {
+  %b = f32[8]{0} parameter(0)
+  %g.0 = f32[64]{0} all-gather(%b), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %c.0 = (f32[8]{0}, f32[64]{0}) custom-call(%b, %g.0)
+}
+
+%async_collective_fusion.1 (b.1: f32[8], w.1: f32[64]) -> (f32[8], f32[64], f32[8]) {
+  %b.1 = f32[8]{0} parameter(0)
+  %w.1 = f32[64]{0} parameter(1)
+  %g.1 = f32[64]{0} all-gather(%b.1), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %c.1 = (f32[8]{0}, f32[64]{0}, f32[8]{0}) custom-call(%b.1, %w.1, %g.1)
+}
+
+%end (b.2: f32[8], w.2: f32[64]) -> f32[64] {
+  %b.2 = f32[8]{0} parameter(0)
+  %w.2 = f32[64]{0} parameter(1)
+  %g.2 = f32[64]{0} all-gather(%b.2), channel_id=9, replica_groups={{0,1,2,3,4,5,6,7}}, dimensions={0}
+  ROOT %c.2 = f32[64]{0} custom-call(%b.2, %w.2, %g.2)
+}
+
+%all-reduce-scatter.1 (b.3: f32[64]) -> f32[8] {
+  %b.3 = f32[64]{0} parameter(0)
+  %r.3 = f32[64]{0} all-reduce(%b.3), channel_id=10, replica_groups={{0,1,2,3,4,5,6,7}}, to_apply=%add
+  ROOT %s.3 = f32[8]{0} slice(%r.3), slice={[0:8]}
+}
+
+"""
+CALLS = """\
+  %async-collective-start = (f32[8]{0}, f32[64]{0}) fusion(%x.0), kind=kCustom, output_to_operand_aliasing={{0}: (0, {})}, calls=%begin
+  %e.0 = f32[8]{0} get-tuple-element(%async-collective-start), index=0
+  %e.1 = f32[64]{0} get-tuple-element(%async-collective-start), index=1
+  %beside = (f32[8]{0}, f32[64]{0}, f32[8]{0}) fusion(%e.0, %e.1), kind=kOutput, output_to_operand_aliasing={{0}: (0, {}), {1}: (1, {})}, calls=%async_collective_fusion.1
+  %async-collective-done = f32[64]{0} fusion(%e.0, %e.1), kind=kCustom, output_to_operand_aliasing={{}: (1, {})}, calls=%end
+  %scattered = f32[8]{0} fusion(%async-collective-done), kind=kCustom, calls=%all-reduce-scatter.1
+"""
+
+
+def test_a_collective_in_fusions_of_a_tpu_counts_once(program):
+    text = PROGRAM.replace("%body (t:", ASYNC + "%body (t:")
+    found = hlo.parse(text.replace("  %zero.1 =", CALLS + "  %zero.1 ="))
+    gathers = [one for one in found.collectives(8) if len(one.group) == 8]
+    assert sorted((one.kind, one.times, one.sent) for one in gathers) == [
+        ("all-gather", 1, 7 * 32),
+        ("all-reduce", 1, 2 * 32 * 7 / 8),
+        ("reduce-scatter", 1, 256 * 7 / 8),
+    ]
+    # The share is read and the whole written; the product beside it; the scatter.
+    moved = hlo_traffic.traffic(found) - hlo_traffic.traffic(program)
+    assert moved == 256 + 32 + (256 + 32)
+
+
+@pytest.mark.parametrize(
+    ("text", "group"),
+    [
+        ("replica_groups={{0,2},{1,3}}", (0, 2)),
+        ("replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}", (0, 2, 4, 6)),
+        ("replica_groups=mesh['a'=8,'b'=1] {'a'}, x", tuple(range(8))),
+        ("replica_groups=mesh['a'=4,'b'=2] {'a'}", (0, 2, 4, 6)),
+        ("replica_groups=mesh['a'=4,'b'=2] {'b'}", (0, 1)),
+        ("replica_groups=mesh['a'=8] {'a':(2)2}", (0, 2)),
+        (
+            "replica_groups=mesh['a'=1,'b'=2,'c'=4], device_ids=([2,2,2]T(1,0,2)) {'b'}",
+            (0, 2),
+        ),
+        ("source_target_pairs={{3,1},{1,0}}", (3, 1)),
+        ("dimensions={0}", tuple(range(8))),
+    ],
+)
+def test_groups_of_devices(text, group):
+    assert hlo_groups.group(text, 8) == group
+
+
+def test_all_pairs_of_a_permutation():
+    text = "source_target_pairs={{0,1},{1,7}}, channel_id=1"
+    assert hlo_groups.pairs(text) == ((0, 1), (1, 7))
+    assert hlo_groups.pairs("replica_groups={{0,1}}") == ()
+
+
+def test_only_what_a_loop_compares_with_is_its_limit():
+    text = PROGRAM.replace(
+        "  %limit = s32[] constant(12)",
+        "  %other = s32[] constant(1000)\n  %limit = s32[] constant(12)",
+    )
+    times = {one.kind: one.times for one in hlo.parse(text).collectives(8)}
+    assert times["all-gather"] == 12
 
 
 def test_a_trip_count_that_is_written_down_wins(program):

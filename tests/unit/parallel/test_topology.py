@@ -39,9 +39,29 @@ def test_a_group_sends_along_the_dimensions_that_it_spans():
     square = [(x, y) for x in range(8) for y in range(8)]
     assert line.bandwidth(row) == 50e9
     assert line.bandwidth(square) == 100e9
-    # The same chips of a slice that closes to rings have a link in each direction.
-    assert ring.bandwidth(row) == 100e9
-    assert topology.parse("v5p:4x4x4").bandwidth([(0, 0, 0), (1, 1, 1)]) == 600e9
+    # A part of a ring is a line; a whole one has a link in each direction.
+    assert ring.bandwidth(row) == 50e9
+    assert ring.bandwidth([(0, y) for y in range(16)]) == 100e9
+    cube = topology.parse("v5p:4x4x4")
+    assert cube.bandwidth([(0, 0, 0), (1, 1, 1)]) == 300e9
+    assert cube.bandwidth([(0, y, z) for y in range(4) for z in range(2)]) == 300e9
+
+
+def test_exchanges_wait_for_the_links_between_two_halves():
+    line, ring = topology.parse("v5e:8x8"), topology.parse("v5e:16x16")
+    row = [(0, y) for y in range(8)]
+    # Four chips send half of their bytes over one link.
+    assert line.exchange_bandwidth(row) == 25e9
+    assert ring.exchange_bandwidth([(0, y) for y in range(16)]) == 25e9
+    square = [(x, y) for x in range(8) for y in range(8)]
+    assert line.exchange_bandwidth(square) == 25e9
+    assert line.exchange_bandwidth(row[:2]) == 50e9
+
+
+def test_distances_are_the_shortest():
+    line, ring = topology.parse("v5e:8x8"), topology.parse("v5e:16x16")
+    assert line.distance((0, 0), (7, 3)) == 10
+    assert ring.distance((0, 0), (15, 3)) == 4
 
 
 def test_numbers_of_the_chips_agree_with_each_other():

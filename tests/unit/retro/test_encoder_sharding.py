@@ -1,5 +1,6 @@
 """On many devices weights move to the rows of the batch, never rows to the weights."""
 
+import dataclasses
 import functools
 
 import jax
@@ -12,21 +13,28 @@ from realm_retro.parallel import axes, hlo
 from realm_retro.parallel import mesh as meshes
 from realm_retro.retro.encoder import Encoder
 
-SIZES = small_config(
-    encoder_dim=32, encoder_layers=1, encoder_num_heads=4, encoder_head_dim=8
+ENCODER = small_config(
+    encoder_dim=32,
+    encoder_layers=1,
+    encoder_num_heads=4,
+    encoder_head_dim=8,
+    encoder_ffw_dim=16,
 )
-ROWS, CHUNKS, K = 16, 6, 3
+ROWS, CHUNKS, K = 32, 6, 3
 
 
+# 40 tokens can be cut in two, 37 cannot.
+@pytest.mark.parametrize("vocab", [37, 40])
 @pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 2, 2)])
-def test_neighbours_stay_where_they_are(sizes):
+def test_neighbours_stay_where_they_are(sizes, vocab):
+    config = dataclasses.replace(ENCODER, vocab_size=vocab)
     mesh = meshes.make_mesh(meshes.MeshConfig(*sizes))
-    r, m = SIZES.neighbour_length, SIZES.chunk_length
+    r, m = config.neighbour_length, config.chunk_length
     rows = functools.partial(axes.sharding, mesh=mesh)
     shapes = {
         "tokens": ((ROWS, CHUNKS, K, r), jnp.int32),
         "mask": ((ROWS, CHUNKS, K, r), bool),
-        "chunks": ((ROWS, CHUNKS, m, SIZES.model_dim), jnp.float32),
+        "chunks": ((ROWS, CHUNKS, m, config.model_dim), jnp.float32),
     }
     inputs = [
         jax.ShapeDtypeStruct(
@@ -34,7 +42,7 @@ def test_neighbours_stay_where_they_are(sizes):
         )
         for shape, kind in shapes.values()
     ]
-    encoder = Encoder(SIZES)
+    encoder = Encoder(config)
     boxed = jax.eval_shape(encoder.init, jax.random.key(0), *inputs)
     placed = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -52,7 +60,7 @@ def test_neighbours_stay_where_they_are(sizes):
     text = slope.lower(placed, *inputs).compile().as_text()
     sent = hlo.parse(text).collectives(mesh.size)
     weights = sum(4 * leaf.size for leaf in jax.tree.leaves(placed))
-    neighbours = ROWS * CHUNKS * K * r * SIZES.encoder_dim * 4
+    neighbours = ROWS * CHUNKS * K * r * config.encoder_dim * 4
     gathered = [one for one in sent if one.kind == "all-gather"]
     assert gathered, "weights are gathered before their use"
     assert max(one.payload for one in gathered) <= weights < neighbours / 8
