@@ -176,7 +176,8 @@ def test_a_worker_that_is_started_twice_and_sleeps_beyond_its_lease(
     config.train.steps = 2 * STEPS
     root = refresh_index.folder(config, workdir)
     everyone = trainer, sleeper, twin = [start(n) for n in ("trainer", "one", "one")]
-    until(lambda: has_lease(root, sleeper), *everyone)
+    # Of a later version than the first, which the training waits for.
+    until(lambda: versions(root) and has_lease(root, sleeper), *everyone)
     sleeper.send_signal(signal.SIGSTOP)
     before, at = versions(root)[-1], step_of(config, workdir)
     until(lambda: versions(root)[-1] > before, trainer, twin)
