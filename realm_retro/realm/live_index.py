@@ -287,16 +287,17 @@ class LiveIndex:
 
     def _take_newer(self, loop: LoopState) -> None:
         """Begins to build an index that is there, and uses one that is built."""
-        main, stale = hosts.is_main(), self._too_stale(loop.step)
-        version = self._look(loop, stale=stale) if main else None
-        begin = self._decided(loop, version.step if version else -1)
-        if begin >= 0:
-            version = version or self._swapper.follow(begin)
-            self._building = self._pool.submit(self._verified, version)
-        built = main and self._is_built(loop, wait=stale)
-        if self._decided(loop, built) and self._building is not None:
-            new, self._building = self._building.result(), None
-            self._use(new, loop.step)
+        main, stale, refused = hosts.is_main(), self._too_stale(loop.step), True
+        # One that proves damaged leaves an index in use that may not be asked any more.
+        while refused:
+            version = self._look(loop, stale=stale) if main else None
+            begin = self._decided(loop, version.step if version else -1)
+            if begin >= 0:
+                version = version or self._swapper.follow(begin)
+                self._building = self._pool.submit(self._verified, version)
+            built = main and self._is_built(loop, wait=stale)
+            tried = self._decided(loop, built) and self._building is not None
+            refused = tried and not self._take_built(loop.step) and stale
 
     def _look(self, loop: LoopState, *, stale: bool) -> Version | None:
         """The first process: a newer version, which it waits for if it has to."""
@@ -323,14 +324,31 @@ class LiveIndex:
         seconds = self._settings.poll_seconds
         while wait and not self._building.done() and not lockstep.told_to_stop(loop):
             futures.wait([self._building], timeout=seconds)
-        if not self._building.done():
-            return False
-        error = self._building.exception()
-        if isinstance(error, UserError) and self._in_use is not None:
-            self._building = None
-            self._swapper.refuse(error, self._in_use.version)
-            return False
-        return True
+        return self._building.done()
+
+    def _take_built(self, step: int) -> bool:
+        """Uses the new index on all processes, or refuses it on all; waits for them.
+
+        Each reads the vectors itself, and may find damage that no other does.
+        """
+        building, self._building = self._building, None
+        assert building is not None
+        assert self._in_use is not None
+        error = building.exception()
+        good = hosts.gather(np.asarray(error is None))
+        if good.all():
+            self._use(building.result(), step)
+            return True
+        if not isinstance(error, UserError | None):
+            raise error
+        refused = self._swapper.current
+        assert refused is not None
+        error = error or UserError(
+            f"{refused.manifest.directory}: process {np.argmin(good)} of this training"
+            " cannot read it"
+        )
+        self._swapper.refuse(error, self._in_use.version)
+        return False
 
     def _decided(self, loop: LoopState, decision: int) -> int:
         step, params = loop.step, loop.state.params

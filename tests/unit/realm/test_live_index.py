@@ -1,5 +1,6 @@
 """Which index is asked when: made first, refreshed, swapped, carried over a stop."""
 
+import functools
 import json
 import threading
 import time
@@ -11,6 +12,7 @@ from realm_examples import small_realm
 
 from realm_retro.arrays import ShardedArray
 from realm_retro.errors import UserError
+from realm_retro.parallel import hosts
 from realm_retro.realm import live_index, search
 from realm_retro.realm.live_index import LiveIndex
 from realm_retro.retrieval import refresh
@@ -352,6 +354,83 @@ def test_no_search_asks_an_index_beyond_the_limit(root, mode, depth):
     staleness = [step - version for step, version in asked.items()]
     assert max(staleness) == limit
     assert min(staleness) >= 0
+
+
+class Damaged:
+    """In the place of `open_version`: finds the first so many versions damaged."""
+
+    def __init__(self, times):
+        self.whole, self.left, self.steps = refresh.open_version, times, []
+
+    def __call__(self, root, step, **more):
+        self.left -= 1
+        if self.left >= 0:
+            self.steps.append(step)
+            raise UserError(f"step {step} is damaged")
+        return self.whole(root, step, **more)
+
+
+@pytest.fixture
+def work_on(root):
+    """Starts a worker that goes on until the training ends."""
+    helpers = []
+
+    def start(training):
+        worker = training.worker()
+        run = functools.partial(worker.run, poll_seconds=0.001)
+        helpers.append(threading.Thread(target=run, daemon=True))
+        helpers[-1].start()
+
+    yield start
+    refresh.end_training(root)
+    for helper in helpers:
+        helper.join(PATIENCE)
+
+
+def test_a_damaged_version_does_not_let_a_step_ask_what_is_too_stale(
+    root, monkeypatch, work_on
+):
+    damaged = Damaged(2)
+    monkeypatch.setattr(refresh, "open_version", damaged)
+    training = Training(root, mode="workers", every=100, max_staleness=3)
+    training.steps(0, 3)
+    work_on(training)
+    training.after(4)
+    assert damaged.steps == [4, 4]
+    assert_is(training.start(4), 4)
+    said = [line for line in training.lines if "is damaged; the index in use" in line]
+    assert len(said) == 2
+
+
+def test_the_wait_for_a_version_that_is_whole_ends_too(root, monkeypatch, work_on):
+    monkeypatch.setattr(refresh, "open_version", Damaged(1_000_000))
+    training = Training(root, mode="workers", every=100, max_staleness=3)
+    training.steps(0, 3)
+    work_on(training)
+    training.after(4, should_stop=Asked(20))
+    assert training.start(4).version.step == 0
+
+
+def test_what_another_process_cannot_read_is_used_by_none(root, monkeypatch):
+    training = Training(root, mode="workers")
+    training.steps(0, 3)
+    training.published(3)
+    training.work()
+    with monkeypatch.context() as patch:
+        patch.setattr(hosts, "gather", lambda good: np.asarray([good, False]))
+        deadline = time.monotonic() + PATIENCE
+        while not (said := [x for x in training.lines if "process 1 of this" in x]):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+            training.after(3)
+    assert len(said) == 1
+    assert "the index in use stays (step 0)" in said[0]
+    assert_is(training.start(3), 0)
+    # The next one is taken.
+    training.steps(4, 6)
+    training.published(6)
+    training.work()
+    training.until(7, 6)
 
 
 def test_a_newer_index_that_is_too_stale_is_not_enough(root):
