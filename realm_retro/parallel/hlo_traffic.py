@@ -145,9 +145,7 @@ def _fused(
 
 def _passed(body: Mapping[str, Instruction], one: Instruction) -> dict[str, int]:
     """Operands that are results too, and their bytes."""
-    found = re.search(
-        r"output_to_operand_aliasing=\{(.*?\))\}", one.attributes
-    )
+    found = re.search(r"output_to_operand_aliasing=\{(.*?\))\}", one.attributes)
     places = re.findall(r"\((\d+), ", found[1]) if found else []
     names = {one.operands[int(place)] for place in places}
     return {name: _bytes(body[name].shape) for name in names if name in body}

@@ -133,7 +133,9 @@ def test_memory_is_moved_by_what_is_sliced_and_not_fused(program):
 )
 def test_what_is_started_is_moved_once(program, lines, moved):
     lines = ["%big = f32[256,256]{1,0} parameter(3)", *lines]
-    text = PROGRAM.replace("  %zero.1 =", "".join(f"  {x}\n" for x in lines) + "  %zero.1 =")
+    text = PROGRAM.replace(
+        "  %zero.1 =", "".join(f"  {x}\n" for x in lines) + "  %zero.1 ="
+    )
     before = hlo_traffic.traffic(program)
     assert hlo_traffic.traffic(hlo.parse(text)) - before == moved
 
