@@ -2,7 +2,8 @@ r"""Says what a training would need, before it is paid for.
 
 Compiles the very train step of a config for a slice of TPUs, without having one, and
 prints the memory of a chip, what a step computes and sends, how long the run takes at
-best, and the disk and host memory of its artefacts. Nothing is read but the config.
+best, and the disk and host memory of its artefacts. Nothing is read but the config,
+and of an encoder that it names (config.encoder.path) the file config.json.
 
   python -m realm_retro.cli.plan --config=configs/retro/retro_172m.py --topology=v5e:8x8
 
@@ -43,6 +44,10 @@ _DOES_NOT_FIT = 1
 _SHAPES_ONLY = (
     "activations and temporaries, memory traffic and communication, and whether the"
     " compiler accepts the program"
+)
+_LOOPS = (
+    "how often {} loops of the program and {} of the jaxpr turn: each counts as one"
+    " turn, so that operations, traffic and time are too low"
 )
 
 
@@ -115,8 +120,16 @@ def plan(
     compiled = {} if notes else plan_compile.compiled(traced, flops, mesh, place)
     if "refused" in compiled:
         notes.append(f"what comes after memory ({compiled['refused']})")
+    if compiled.get("unknown_loops") or flops.unknown_loops:
+        notes.append(
+            _LOOPS.format(compiled.get("unknown_loops", 0), flops.unknown_loops)
+        )
+    if "refused" in compiled and compiled["needed"] is None:
+        compiled["needed"] = _least(state) + compiled["temporaries"]
     needed = compiled.get("needed")
-    fits, verdict = _verdict(state, needed, place)
+    capacity = compiled.get("capacity") or place.chip.hbm_bytes
+    refused = "refused" in compiled
+    fits, verdict = _verdict(_least(state), needed, capacity, refused=refused)
     return {
         "config": config.name,
         "task": task.name,
@@ -126,14 +139,13 @@ def plan(
             "chips": place.chips,
             "hosts": place.hosts,
             "accelerator": place.accelerator,
-            "source": place.chip.source,
         },
         "mesh": dict(mesh.shape),
         "notes": notes,
         "fits": fits,
         "verdict": verdict,
         "memory": {
-            "capacity": place.chip.hbm_bytes,
+            "capacity": capacity,
             **state,
             **{n: compiled.get(n) for n in ("temporaries", "outputs", "program")},
             "needed": needed,
@@ -151,6 +163,7 @@ def plan(
             place,
             traffic=compiled.get("traffic"),
             communication=compiled.get("communication_seconds"),
+            repeated=compiled.get("repeated", 1.0),
             steps=task.train.steps,
         ),
         "steps": task.train.steps,
@@ -159,19 +172,21 @@ def plan(
     }
 
 
+def _least(state: JsonDict) -> int:
+    """Bytes that a chip holds before it computes anything."""
+    return sum(state[name] for name in ("parameters", "optimizer", "index", "batch"))
+
+
 def _verdict(
-    state: JsonDict, needed: int | None, place: Topology
+    least: int, needed: int | None, capacity: int, *, refused: bool
 ) -> tuple[bool | None, str]:
     """Whether it fits, None where that is not known, and why."""
-    capacity = place.chip.hbm_bytes
-    parts = ("parameters", "optimizer", "index", "batch")
-    least = sum(state[name] for name in parts)
     if needed is None and least <= capacity:
         left = (capacity - least) / 1e9
         return None, f"weights and batch fit; {left:.1f} GB are left for the rest"
     used = least if needed is None else needed
-    if used > capacity:
-        return False, f"DOES NOT FIT: {used / 1e9:.1f} GB of {capacity / 1e9:.1f}"
+    if refused or used > capacity:
+        return False, f"DOES NOT FIT: {used / 1e9:.2f} GB of {capacity / 1e9:.2f}"
     return True, f"fits: {used / capacity:.0%} of the memory"
 
 

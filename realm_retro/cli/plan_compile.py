@@ -34,7 +34,8 @@ def compiled(traced: Any, flops: Flops, mesh: Mesh, place: Topology) -> JsonDict
     Returns:
       ``seconds`` that it took; ``needed``, bytes of memory of a device. Where that is
       more than the chip has the compiler stops there: ``refused`` is then its message,
-      and nothing else is known. Otherwise ``arguments``, ``temporaries``, ``outputs``
+      ``capacity`` what it says that the chip has, ``buffers`` the largest arrays, and
+      nothing else is known (see `refusal`). Otherwise ``temporaries``, ``outputs``
       (those in place of an argument not counted) and ``program``, bytes;
       ``traffic``, bytes that a device reads and writes in its memory; ``repeated``,
       how often each operation is done by some device (1 where no work is done twice);
@@ -45,12 +46,12 @@ def compiled(traced: Any, flops: Flops, mesh: Mesh, place: Topology) -> JsonDict
     try:
         made = traced.lower().compile()
     except jax.errors.JaxRuntimeError as error:
-        needed = needed_bytes(str(error))
-        if needed is None:
+        found = refusal(str(error))
+        if found is None:
             raise
         return {
             "seconds": time.monotonic() - started,
-            "needed": needed,
+            **found,
             "refused": str(error).splitlines()[0],
             "buffers": largest_buffers(str(error)),
         }
@@ -61,7 +62,6 @@ def compiled(traced: Any, flops: Flops, mesh: Mesh, place: Topology) -> JsonDict
     program = hlo.parse(text)
     outputs = memory.output_size_in_bytes - memory.alias_size_in_bytes
     parts = {
-        "arguments": memory.argument_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "outputs": outputs,
         "program": memory.generated_code_size_in_bytes,
@@ -70,7 +70,7 @@ def compiled(traced: Any, flops: Flops, mesh: Mesh, place: Topology) -> JsonDict
     once = float(costs.get("flops", 0.0)) * mesh.size
     return {
         "seconds": seconds,
-        "needed": sum(parts.values()),
+        "needed": memory.argument_size_in_bytes + sum(parts.values()),
         **parts,
         "traffic": hlo_traffic.traffic(program),
         "repeated": once / flops.once if flops.once else 0.0,
@@ -83,17 +83,24 @@ def compiled(traced: Any, flops: Flops, mesh: Mesh, place: Topology) -> JsonDict
     }
 
 
-def needed_bytes(message: str) -> int | None:
-    """Bytes of memory that the compiler says it would need; None for other errors."""
-    found = re.search(
-        r"Used ([\d.]+)([KMGT]?) of [\d.]+[KMGT]? hbm"
-        r"|required for HLO temporaries \(([\d.]+)([KMGT]?)\)",
-        message,
-    )
-    if found is None:
-        return None
-    size, unit = (group for group in found.groups() if group is not None)
-    return round(float(size) * _UNITS.get(unit, 1))
+def refusal(message: str) -> JsonDict | None:
+    """What the compiler says of memory that does not suffice; None for other errors.
+
+    Returns:
+      ``needed`` and ``capacity`` in bytes, or where it names only the temporaries
+      those, and None for ``needed``.
+    """
+    size = r"([\d.]+)([KMGT]?)"
+    if found := re.search(rf"Used {size} of {size} hbm", message):
+        needed, capacity = _size(found[1], found[2]), _size(found[3], found[4])
+        return {"needed": needed, "capacity": capacity}
+    if found := re.search(rf"required for HLO temporaries \({size}\)", message):
+        return {"needed": None, "temporaries": _size(found[1], found[2])}
+    return None
+
+
+def _size(number: str, unit: str) -> int:
+    return round(float(number) * _UNITS.get(unit, 1))
 
 
 def largest_buffers(message: str) -> list[JsonDict]:
@@ -103,7 +110,7 @@ def largest_buffers(message: str) -> list[JsonDict]:
     )
     return [
         {
-            "bytes": round(float(size) * _UNITS.get(unit, 1)),
+            "bytes": _size(size, unit),
             "shape": shape,
             "source": source,
         }
@@ -128,12 +135,9 @@ def _communication(
         else:
             seconds = one.sent / place.bandwidth(group)
         total += seconds
-        entry = kinds.setdefault(
-            one.kind, {"times": 0, "bytes": 0, "sent": 0.0, "seconds": 0.0}
-        )
+        entry = kinds.setdefault(one.kind, {"times": 0, "bytes": 0, "seconds": 0.0})
         entry["times"] += one.times
         entry["bytes"] += one.times * one.payload
-        entry["sent"] += one.sent
         entry["seconds"] += seconds
         listed.append(
             {

@@ -65,7 +65,7 @@ def _work(plan: JsonDict) -> Iterator[str]:
     if "repeated" in compiled:
         yield (
             f"               each done {compiled['repeated']:.2f} times over all chips,"
-            " by the compiler's count"
+            " by the compiler's count; computing takes as often as long"
         )
         yield f"  memory       {_gb(compiled['traffic'])} GB read and written by a chip"
         for kind, entry in compiled["collectives"].items():
@@ -109,6 +109,10 @@ def _storage(storage: JsonDict) -> Iterator[str]:
             f"  {item['who']}"
         )
     yield f"  {'together':<15} {_gb(storage['disk']):>8}"
+    yield (
+        f"  host memory: {_gb(storage['training'])} a training process,"
+        f" {_gb(storage['largest_memory'])} the largest of all"
+    )
     yield f"  not in it: {storage['unknown']}"
 
 

@@ -17,6 +17,7 @@ def step_time(
     traffic: float | None,
     communication: float | None,
     steps: int,
+    repeated: float = 1.0,
 ) -> JsonDict:
     """The time of a step and of a run.
 
@@ -32,6 +33,8 @@ def step_time(
       traffic: bytes that a chip moves in its memory; None where unknown.
       communication: seconds of a chip's collectives; None where unknown.
       steps: of the run.
+      repeated: how often each operation is done by some chip, by the compiler's
+        count; below 1 it counts as 1.
 
     Returns:
       ``compute``, ``memory`` and ``communication``, ``roofline`` and ``serial``
@@ -40,7 +43,7 @@ def step_time(
     """
     chip = place.chip
     parts = {
-        "compute": flops.passes / (place.chips * chip.flops),
+        "compute": max(1.0, repeated) * flops.passes / (place.chips * chip.flops),
         "memory": None if traffic is None else traffic / chip.hbm_bandwidth,
         "communication": communication,
     }

@@ -212,8 +212,70 @@ Largest program allocations in hbm:
      Shape: f32[16384,128000]{1,0:T(8,128)}
      Unpadded size: 7.81G
 """
-    assert plan_compile.needed_bytes(message) == round(23.5 * 2**30)
-    assert plan_compile.needed_bytes("INTERNAL: something else") is None
+    assert plan_compile.refusal(message) == {
+        "needed": round(23.5 * 2**30),
+        "capacity": round(15.75 * 2**30),
+    }
+    assert plan_compile.refusal("INTERNAL: something else") is None
+    temporaries = "Allocation size required for HLO temporaries (20.00G)"
+    assert plan_compile.refusal(temporaries) == {
+        "needed": None,
+        "temporaries": 20 * 2**30,
+    }
+
+
+class Refusing:
+    """A traced step that the compiler has no room for."""
+
+    def __init__(self, message):
+        self.message = message
+
+    def lower(self):
+        return self
+
+    def compile(self):
+        raise jax.errors.JaxRuntimeError(self.message)
+
+
+@pytest.mark.parametrize(
+    ("message", "said", "with_state"),
+    [
+        ("Used 15.90G of 15.75G hbm. Exceeded by 150M.", 15.9, False),
+        # Weights, moments and batch come on top.
+        ("required for HLO temporaries (15.70G)", 15.7, True),
+    ],
+)
+def test_what_the_compiler_refuses_does_not_fit(message, said, with_state, monkeypatch):
+    monkeypatch.setattr(topology, "can_compile", lambda: True)
+    monkeypatch.setattr(topology, "devices", lambda _: jax.devices()[:8])
+    real = plan_compile.trace
+    monkeypatch.setattr(
+        plan_compile, "trace", lambda task: (Refusing(message), real(task)[1])
+    )
+    config = retro()
+    settings = config_lib.build(PlanConfig, config.plan, name="config.plan")
+    found = plan.plan(config, settings, PLACE)
+    assert found["fits"] is False
+    assert "DOES NOT FIT" in found["verdict"]
+    memory = found["memory"]
+    state = sum(memory[name] for name in ("parameters", "optimizer", "index", "batch"))
+    assert memory["needed"] == round(said * 2**30) + with_state * state
+
+
+def test_work_that_chips_repeat_takes_its_time():
+    flops = Flops(total=8e12, passes=8 * 197e12 * 0.1, once=8e12)
+    given = {"traffic": None, "communication": None, "steps": 1}
+    times = [
+        plan_time.step_time(flops, 1.0, PLACE, repeated=by, **given)["compute"]
+        for by in (0.0, 1.0, 2.5)
+    ]
+    assert times == pytest.approx([0.1, 0.1, 0.25])
+
+
+def test_loops_that_nobody_can_count_are_told(tiny):
+    told = {**tiny, "notes": [plan._LOOPS.format(2, 0)]}
+    text = "\n".join(plan_report.lines(told))
+    assert "NOT CHECKED: how often 2 loops of the program" in text
 
 
 def test_no_device_of_the_plan_is_touched(tiny):
