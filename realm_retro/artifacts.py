@@ -399,7 +399,7 @@ def load(
     again = f"delete {directory} and run: python -m {made_by}"
     body = _read_json(path, remedy=again)
     try:
-        manifest = _manifest(directory, body)
+        manifest = _manifest(directory, body, remedy=f"; {again}")
         if _fingerprint(body) != manifest.fingerprint:
             raise UserError(f"{path}: does not match its own fingerprint; {again}")
         if not is_intact(body):
@@ -491,14 +491,14 @@ def _fingerprint(body: JsonDict) -> str:
     return fingerprint_of({key: body[key] for key in keys})
 
 
-def _manifest(directory: epath.Path, body: JsonDict) -> Manifest:
+def _manifest(directory: epath.Path, body: JsonDict, remedy: str = "") -> Manifest:
     kinds = {"kind": str, "format_version": int, "config": dict, "parents": dict}
     kinds |= {"meta": dict, "files": dict, "fingerprint": str}
     for key, kind in kinds.items():
         if not isinstance(body[key], kind):
             raise TypeError(key)
     for name, record in body["files"].items():
-        _check_name(name, directory)
+        _check_name(name, directory, remedy)
         if not isinstance(record["bytes"], int) or not isinstance(
             record["sha256"], str
         ):
@@ -506,11 +506,13 @@ def _manifest(directory: epath.Path, body: JsonDict) -> Manifest:
     return Manifest(directory=directory, **{key: body[key] for key in kinds})
 
 
-def _check_name(name: str, directory: epath.Path) -> None:
+def _check_name(name: str, directory: epath.Path, remedy: str = "") -> None:
     # A manifest may come from elsewhere: no name may leave the artefact's folder.
     parts = name.split("/")
     if not name or name.startswith("/") or "\\" in name or {"..", "."} & set(parts):
-        raise UserError(f"{directory / MANIFEST}: file name {name!r} leaves the folder")
+        raise UserError(
+            f"{directory / MANIFEST}: file name {name!r} leaves the folder{remedy}"
+        )
 
 
 def _check_file(

@@ -57,6 +57,11 @@ def build(cls: type[T], section: Any, *, name: str) -> T:
         raise UserError(f"{name}: {error}") from error
 
 
+def read(config: Any, name: str, cls: type[T]) -> T:
+    """Builds `cls` from the section `name` of a config; see `build` and `section`."""
+    return build(cls, section(config, name), name=f"config.{name}")
+
+
 def section(config: Any, name: str) -> Any:
     """One section of a config; an empty one where the config is silent."""
     return config.get(name, ml_collections.ConfigDict())

@@ -128,8 +128,10 @@ def named_errors(path: epath.PathLike) -> Iterator[None]:
 
 
 def error_code(error: BaseException) -> int | None:
-    """The number of the disk's error that an error of any kind tells of, if it does."""
-    text = str(error)
+    """The number of the disk's error that an error, or its cause, tells of, if any."""
+    text, cause = str(error), error.__cause__
+    while cause is not None:
+        text, cause = f"{text} {cause}", cause.__cause__
     return next((code for code in _ERRORS if os.strerror(code) in text), None)
 
 

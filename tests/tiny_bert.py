@@ -79,8 +79,7 @@ def write(folder, *, weights=None, config=None):
     """Writes the three files of an encoder; returns the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config or config_json()))
-    safetensors.numpy.save_file(
-        tensors() if weights is None else weights, folder / "model.safetensors"
-    )
+    content = safetensors.numpy.save(tensors() if weights is None else weights)
+    (folder / "model.safetensors").write_bytes(content)
     tokenizer().save(str(folder / "tokenizer.json"))
     return folder

@@ -105,5 +105,5 @@ def write(folder, tensors, config=None, *, as_bin=False):
     (folder / "config.json").write_text(json.dumps(config))
     # The library refuses tensors that share memory.
     alone = {name: value.copy() for name, value in tensors.items()}
-    safetensors.numpy.save_file(alone, folder / "model.safetensors")
+    (folder / "model.safetensors").write_bytes(safetensors.numpy.save(alone))
     return folder

@@ -14,8 +14,9 @@ def lines(plan: JsonDict) -> Iterator[str]:
     place = plan["topology"]
     mesh = " x ".join(f"{name} {size}" for name, size in plan["mesh"].items())
     yield f"{plan['config']}: {plan['task']}, {plan['weights'] / 1e6:,.1f}M parameters"
+    hosts = "1 host" if place["hosts"] == 1 else f"{place['hosts']} hosts"
     yield (
-        f"  on {place['name']}: {place['chips']} chips, {place['hosts']} hosts"
+        f"  on {place['name']}: {place['chips']} chips, {hosts}"
         f" ({place['accelerator']}), mesh {mesh}"
     )
     for note in plan["notes"]:

@@ -21,15 +21,18 @@ from realm_retro.realm.config import RealmConfig
 from realm_retro.realm.pretrain import PretrainConfig
 from realm_retro.realm.question_sets import QaConfig, RetrievalConfig
 from realm_retro.retrieval.embed import EmbedConfig
+from realm_retro.retrieval.index.scann import DIMS_PER_BLOCK
 from realm_retro.retrieval.neighbours import NeighboursConfig
 from realm_retro.retrieval.refresh import RefreshConfig
 from realm_retro.retro import recipe as retro_recipe
-from realm_retro.typing import Config, JsonDict
+from realm_retro.typing import Config, JsonDict, PyTree
 
 T = TypeVar("T")
 # Width of all-MiniLM-L6-v2, the only encoder with a name.
 _MINILM = 384
 _IDS, _SCORES = 8, 4
+# ScaNN has so many times its vectors in memory while it builds.
+_BUILDS = 3
 
 
 class Item(NamedTuple):
@@ -66,10 +69,13 @@ def storage(config: Config, settings: PlanConfig, task: Task) -> JsonDict:
         unknown = "all of the corpus: config.plan.rows is 0"
     elif task.name == "retro":
         items = _retro(config, settings)
+        if not settings.documents:
+            unknown += "; the table of documents: config.plan.documents is 0"
     else:
         items = _realm(config, settings, task)
-    saved = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(task.state))
-    items.append(Item("checkpoints", task.train.keep * saved, 0, "train"))
+    saved = _bytes(task.state)
+    # One more while it is written.
+    items.append(Item("checkpoints", (task.train.keep + 1) * saved, 0, "train"))
     return {
         "items": [item._asdict() for item in items],
         "disk": sum(item.disk for item in items),
@@ -88,66 +94,71 @@ def _retro(config: Config, settings: PlanConfig) -> list[Item]:
     items = [Item("chunks", n * chunk + documents, n * (8 + 4 + 1), "train")]
     if not model.retrieves:
         return items
-    encoder = _build(config, "encoder", EncoderConfig)
-    stored = np.dtype(_build(config, "embed", EmbedConfig).dtype).itemsize
-    index = _build(config, "index", IndexConfig)
-    k = _build(config, "neighbours", NeighboursConfig).k
+    encoder = config_lib.read(config, "encoder", EncoderConfig)
+    stored = np.dtype(config_lib.read(config, "embed", EmbedConfig).dtype).itemsize
+    index = config_lib.read(config, "index", IndexConfig)
+    k = config_lib.read(config, "neighbours", NeighboursConfig).k
     d = _MINILM if not encoder.path else _width_of(encoder)
     width = d + (index.metric == "squared_l2" and index.backend == "scann")
-    searched = n * _index_row(width, index.backend)
+    searched, row = n * _index_row(width, index.backend), n * 4.0 * width
+    # An exact index is memory-mapped; ScaNN copies the vectors while it builds.
+    held = 0.0 if index.backend == "exact" else searched
     return [
         *items,
         Item("embeddings", n * d * stored, 0, "embed"),
-        # While it is built the vectors are there twice.
-        Item("index", searched, searched + n * 4.0 * width, "build_index"),
-        Item("neighbours", n * k * (_IDS + _SCORES), searched, "find_neighbours"),
+        Item("index", searched, held and _BUILDS * row, "build_index"),
+        Item("neighbours", n * k * (_IDS + _SCORES), held, "find_neighbours"),
     ]
 
 
 def _realm(config: Config, settings: PlanConfig, task: Task) -> list[Item]:
-    model, n = _build(config, "model", RealmConfig), settings.rows
-    refresh = _build(config, "refresh", RefreshConfig)
+    model, n = config_lib.read(config, "model", RealmConfig), settings.rows
+    refresh = config_lib.read(config, "refresh", RefreshConfig)
     piece = 2 if model.vocab_size <= 1 << 16 else 4
     passage = model.body_length * piece + passages.PASSAGE.itemsize
     document = model.title_length * piece + passages.DOCUMENT.itemsize
     disk = n * passage + settings.documents * document + settings.text_bytes
     vectors = n * model.vector_dim * np.dtype(refresh.dtype).itemsize
-    searched, versions = 0.0, 0
+    searched, versions, snapshots = 0.0, 0, 0
     if task.name == "realm_finetune":
-        backend = _build(config, "retrieval", RetrievalConfig).index
-        beam = _build(config, "qa", QaConfig).beam
+        backend = config_lib.read(config, "retrieval", RetrievalConfig).index
+        beam = config_lib.read(config, "qa", QaConfig).beam
         searched = n * _index_row(model.vector_dim, backend)
         searched += task.train.batch_size * beam * model.vector_dim * 4.0
         versions = 1
     elif task.name == "realm_pretrain":
-        search = _build(config, "pretrain", PretrainConfig)
+        search = config_lib.read(config, "pretrain", PretrainConfig)
         # One is in use while the next is built.
         searched = 2 * n * _index_row(model.vector_dim, search.index)
         if search.placement == "device":
             # All titles; vectors and bodies are read share by share.
             searched = n * model.title_length * piece
-        # Those kept, those of the kept checkpoints, and one in the making.
-        versions = refresh.keep + task.train.keep + 1
+        # Those kept, those of the checkpoints, and one in the making.
+        versions = refresh.keep + task.train.keep + 2
+        tower = task.state.params["query" if model.tied else "document"]
+        snapshots = refresh.keep * _bytes(tower)
     return [
         Item("passages", disk, n * (4 + 4 + 8), "train"),
         Item("index versions", versions * vectors, searched, "train"),
+        Item("snapshots", snapshots, 0, "train"),
     ]
 
 
 def _index_row(width: int, backend: str) -> float:
     """Bytes of a vector in an index on a host: itself in float32, its id, its codes.
 
-    ScaNN has 4 bits for every two dimensions, and with SOAR each row in two leaves.
+    ScaNN has 4 bits for a block of dimensions, and with SOAR each row in two leaves.
     """
-    codes = 0.0 if backend == "exact" else 2 * width / 4 + 2 * 4
+    codes = 0.0
+    if backend != "exact":
+        codes = 2 * (-(-width // DIMS_PER_BLOCK) / 2 + 4)
     return 4.0 * width + _IDS + codes
+
+
+def _bytes(tree: PyTree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def _width_of(encoder: EncoderConfig) -> int:
     values: Any = json.loads((encoder.folder() / "config.json").read_text())
     return int(values["hidden_size"])
-
-
-def _build(config: Config, name: str, cls: type[T]) -> T:
-    section = config_lib.section(config, name)
-    return config_lib.build(cls, section, name=f"config.{name}")

@@ -78,7 +78,7 @@ def make(config: Config, settings: PlanConfig, mesh: Mesh | AbstractMesh) -> Tas
       UserError: the config does not say enough, or is wrong.
     """
     name = config_lib.as_dict(config).get("task", "retro")
-    train = _build(config, "train", TrainConfig)
+    train = config_lib.read(config, "train", TrainConfig)
     made: Any = mesh  # an abstract mesh has all that a step without data asks of one
     if name not in _TASKS:
         raise UserError(f"config.task={name!r} is not known; use {', '.join(_TASKS)}")
@@ -87,7 +87,7 @@ def make(config: Config, settings: PlanConfig, mesh: Mesh | AbstractMesh) -> Tas
         batch = retro_recipe.abstract_batch(retro_recipe.model_config(config), train)
     else:
         recipe, batch = _realm(config, settings, train, made, name)
-    optimizer = _build(config, "optimizer", OptimizerConfig)
+    optimizer = config_lib.read(config, "optimizer", OptimizerConfig)
     rule, state = loop.plan(recipe, train, optimizer, made)
     return Task(
         name=name,
@@ -110,16 +110,17 @@ def make(config: Config, settings: PlanConfig, mesh: Mesh | AbstractMesh) -> Tas
 def _realm(
     config: Config, settings: PlanConfig, train: TrainConfig, mesh: Mesh, name: str
 ) -> tuple[Recipe, shapes.Shapes]:
-    model, rows = _build(config, "model", RealmConfig), train.batch_size
+    model, rows = config_lib.read(config, "model", RealmConfig), train.batch_size
     if name == "realm_pretrain":
-        search, size = _build(config, "pretrain", PretrainConfig), settings.rows
+        search = config_lib.read(config, "pretrain", PretrainConfig)
+        size = settings.rows
         if search.placement == "device" and not size:
             raise UserError(_MESSAGE.format(rows=size, what="passages"))
         recipe = pretrain.outline(model, search, train, size=size, mesh=mesh)
         return recipe, shapes.pretrain_batch(model, search, rows, size=size, mesh=mesh)
     if name == "realm_ict":
         return ict_recipe.outline(model, train, mesh), shapes.ict_batch(model, rows)
-    qa = _build(config, "qa", QaConfig)
+    qa = config_lib.read(config, "qa", QaConfig)
     model = finetune.model_for(model, qa)
     recipe = finetune.outline(model, qa, train, mesh)
     return recipe, shapes.finetune_batch(model, qa, rows)
@@ -163,8 +164,3 @@ def _bytes(leaf: jax.ShapeDtypeStruct) -> int:
     assert leaf.sharding is not None
     share = leaf.sharding.shard_shape(leaf.shape)
     return math.prod(share) * leaf.dtype.itemsize
-
-
-def _build(config: Config, name: str, cls: type[T]) -> T:
-    section = config_lib.section(config, name)
-    return config_lib.build(cls, section, name=f"config.{name}")

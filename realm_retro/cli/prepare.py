@@ -47,11 +47,11 @@ T = TypeVar("T")
 
 def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Runs the stage; see the module docstring."""
-    corpus = _build(config, CorpusConfig, "corpus")
-    dedupe = _build(config, DedupeConfig, "dedupe")
-    tokenizer = _build(config, TokenizerConfig, "tokenizer")
-    chunks = _build(config, ChunksConfig, "chunks")
-    passages = _build(config, PassageConfig, "passages")
+    corpus = config_lib.read(config, "corpus", CorpusConfig)
+    dedupe = config_lib.read(config, "dedupe", DedupeConfig)
+    tokenizer = config_lib.read(config, "tokenizer", TokenizerConfig)
+    chunks = config_lib.read(config, "chunks", ChunksConfig)
+    passages = config_lib.read(config, "passages", PassageConfig)
     # Before the long work starts: a tokenizer that is missing is an early error.
     wordpieces = _wordpieces(config) if "passages" in config else None
     manifest = _write_corpus(corpus, dedupe, workdir / "corpus")
@@ -59,11 +59,6 @@ def main(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         _write_chunks(chunks, tokenizer, manifest, workdir / "chunks")
     if wordpieces:
         _write_passages(passages, wordpieces, manifest, workdir / "passages")
-
-
-def _build(config: ml_collections.ConfigDict, cls: type[T], name: str) -> T:
-    section = config_lib.section(config, name)
-    return config_lib.build(cls, section, name=f"config.{name}")
 
 
 def _write_corpus(

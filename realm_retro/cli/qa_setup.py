@@ -62,7 +62,7 @@ def recipe(config: Config, workdir: epath.Path, mesh: Mesh) -> Recipe:
         # A whole copy on each device: every process reads the document tower's.
         weights = trained_weights(config, workdir, make_mesh())
     weights = weights or start_weights(config, workdir, model.FINETUNING)
-    batch_size = _build(config, "train", TrainConfig).batch_size
+    batch_size = config_lib.read(config, "train", TrainConfig).batch_size
     vectors, index = open_index(
         config,
         workdir,
@@ -259,17 +259,17 @@ def run_folder(config: Config, workdir: epath.Path) -> epath.Path:
 
 def qa_config(config: Config) -> QaConfig:
     """Section ``qa``."""
-    return _build(config, "qa", QaConfig)
+    return config_lib.read(config, "qa", QaConfig)
 
 
 def retrieval_config(config: Config) -> RetrievalConfig:
     """Section ``retrieval``."""
-    return _build(config, "retrieval", RetrievalConfig)
+    return config_lib.read(config, "retrieval", RetrievalConfig)
 
 
 def mesh_of(config: Config) -> Mesh:
     """The devices, as section ``mesh`` lays them out."""
-    return make_mesh(_build(config, "mesh", MeshConfig))
+    return make_mesh(config_lib.read(config, "mesh", MeshConfig))
 
 
 def _parted(config: Config, weights: Weights) -> Config:
@@ -278,8 +278,3 @@ def _parted(config: Config, weights: Weights) -> Config:
     with parted.unlocked():
         parted.model.tied = weights.model.tied
     return parted
-
-
-def _build(config: Config, name: str, cls: type[T]) -> T:
-    section = config_lib.section(config, name)
-    return config_lib.build(cls, section, name=f"config.{name}")

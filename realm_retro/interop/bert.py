@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import pathlib
+from typing import Any
 
 from etils import epath
 
@@ -37,6 +38,9 @@ SIZES = {
     "max_position_embeddings": "max_positions",
     "type_vocab_size": "num_token_types",
 }
+
+# Above the sizes of all models, and below those that no machine can list.
+_MOST, _MOST_LAYERS = 1 << 24, 1 << 12
 
 
 def find_minilm() -> epath.Path:
@@ -87,11 +91,25 @@ def load_safetensors(
     return config, params
 
 
+def size(name: str, value: Any) -> int:
+    """A number of a ``config.json`` that memory is set aside for.
+
+    Raises:
+      ValueError: it is no number, or no published model has as many.
+    """
+    limit = _MOST_LAYERS if name == "num_hidden_layers" else _MOST
+    if not 0 < int(value) <= limit:
+        raise ValueError(f"{name}={value} is not between 1 and {limit:,}")
+    return int(value)
+
+
 def read_config(path: epath.Path, *, compute_dtype: str = "float32") -> BertConfig:
     """Reads a ``config.json``; see `load_safetensors`."""
     try:
         found: JsonDict = json.loads(path.read_text())
-        values: JsonDict = {ours: int(found[theirs]) for theirs, ours in SIZES.items()}
+        values: JsonDict = {
+            ours: size(theirs, found[theirs]) for theirs, ours in SIZES.items()
+        }
     except FileNotFoundError:
         raise UserError(
             f"{path}: is missing; config.encoder.path must name a folder with {CONFIG},"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 
-import safetensors.numpy
 from etils import epath
 
 from realm_retro import disk
@@ -14,6 +13,7 @@ from realm_retro.interop import bert as bert_lib
 from realm_retro.interop import name_table
 from realm_retro.interop.name_table import Table
 from realm_retro.interop.realm import BERT_FIELDS, HEAD, READER_EPSILON, SIZES
+from realm_retro.interop.tensors import write_safetensors
 from realm_retro.nn.bert import BertConfig
 from realm_retro.typing import JsonDict, Params
 
@@ -61,7 +61,7 @@ def save(folder: epath.PathLike, kind: str, model: JsonDict, params: Params) -> 
     folder.mkdir(parents=True, exist_ok=True)
     # The metadata is what transformers asks for before it reads a file.
     with disk.replacing(folder / bert_lib.WEIGHTS) as path:
-        safetensors.numpy.save_file(tensors, path, metadata={"format": "pt"})
+        write_safetensors(path, tensors, {"format": "pt"})
     with disk.replacing(folder / bert_lib.CONFIG) as path:
         path.write_text(json.dumps(_config(kind, model), indent=1))
 

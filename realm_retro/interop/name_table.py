@@ -82,9 +82,12 @@ def read(table: Table, take: Callable[[str, Shape], HostArray]) -> dict[str, Any
     Returns:
       The tree of the module's parameters, float32.
     """
-    flat = {path: np.empty(shape, np.float32) for path, shape in table.leaves.items()}
+    flat: dict[str, HostArray] = {}
     for place in table.places:
         value = take(place.theirs, table.shape(place))
+        # Not before: no file stands for the sizes until a tensor has them.
+        if place.ours not in flat:
+            flat[place.ours] = np.empty(table.leaves[place.ours], np.float32)
         slot = flat[place.ours][place.index]
         flat[place.ours][place.index] = (value.T if place.inputs else value).reshape(
             slot.shape

@@ -212,7 +212,7 @@ def _sizes(config: epath.Path) -> JsonDict:
         )
     try:
         return {
-            ours: int(found.get(theirs, default))
+            ours: bert_lib.size(theirs, found.get(theirs, default))
             for theirs, (ours, default) in SIZES.items()
         }
     except (ValueError, TypeError, OverflowError) as error:

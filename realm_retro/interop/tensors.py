@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import safetensors
+import safetensors.numpy
 from etils import epath
 
 from realm_retro.errors import UserError
@@ -118,6 +120,8 @@ def read_safetensors(path: epath.PathLike) -> dict[str, HostArray]:
       UserError: the file is missing or damaged.
     """
     try:
+        # The library says of a file that may not be read that it is missing.
+        open(os.fspath(path), "rb").close()
         with safetensors.safe_open(os.fspath(path), framework="numpy"):
             pass  # The library has checked the header against the file.
         whole = np.memmap(os.fspath(path), np.uint8, "r")
@@ -131,6 +135,20 @@ def read_safetensors(path: epath.PathLike) -> dict[str, HostArray]:
         raise UserError(
             f"{path}: is damaged ({error}); install or download it again"
         ) from None
+
+
+def write_safetensors(
+    path: epath.PathLike,
+    arrays: Mapping[str, HostArray],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes a .safetensors file that whoever may read this process' files may read."""
+    name = os.fspath(path)
+    with open(name, "wb") as file:
+        mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+    # The library makes a new file, its owner's alone.
+    safetensors.numpy.save_file(dict(arrays), name, metadata=metadata)
+    os.chmod(name, mode)
 
 
 def _view(data: HostArray, info: JsonDict) -> HostArray:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import operator
+import os
 import pickletools
 import sys
 from collections.abc import Callable
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 
@@ -93,6 +94,23 @@ class Tensor:
     strides: tuple[int, ...]
 
 
+class _Bounded:
+    """A file that is asked for no more than it has left.
+
+    Else reading would set memory aside for as much as a damaged length says.
+    """
+
+    def __init__(self, file: IO[bytes]):
+        here = file.tell()
+        self._end = file.seek(0, os.SEEK_END)
+        file.seek(here)
+        self._file = file
+        self.readline, self.tell = file.readline, file.tell
+
+    def read(self, size: int) -> bytes:
+        return self._file.read(min(size, self._end - self._file.tell()))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Name:
     """A class or function that the pickle names; it is never looked up."""
@@ -117,7 +135,7 @@ def read(file: IO[bytes], storages: dict[str, Storage] | None = None) -> Any:
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     storages = {} if storages is None else storages
-    for operation, argument, _ in pickletools.genops(file):
+    for operation, argument, _ in pickletools.genops(cast("IO[bytes]", _Bounded(file))):
         name = operation.name
         if name == "STOP":
             return stack.pop()

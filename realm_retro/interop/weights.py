@@ -12,14 +12,13 @@ import json
 from collections.abc import Iterable, Mapping
 
 import numpy as np
-import safetensors.numpy
 from etils import epath
 
 from realm_retro import artifacts, progress
 from realm_retro.arrays import ShardedArray, flatten, unflatten, write_npy
 from realm_retro.errors import UserError
 from realm_retro.interop.realm import Published
-from realm_retro.interop.tensors import read_safetensors
+from realm_retro.interop.tensors import read_safetensors, write_safetensors
 from realm_retro.typing import HostArray
 
 KIND = "weights"
@@ -69,12 +68,12 @@ def write(
         _write_blocks(stage, blocks, rows)
     if not stage.has(WEIGHTS):
         with stage.write(WEIGHTS) as path:
-            safetensors.numpy.save_file(
+            write_safetensors(
+                path,
                 {
                     name: np.ascontiguousarray(value)
                     for name, value in flatten(published.parts).items()
                 },
-                path,
             )
     if vectors is not None:
         _write_vectors(stage, vectors)

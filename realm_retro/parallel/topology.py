@@ -31,6 +31,7 @@ class Chip:
       dimensions: of the grid of chips.
       ring: a slice's dimensions close to rings where all of them are multiples of it.
       host_chips: chips that share a host, in slices of several hosts.
+      one_host: the most chips that a slice of one host has.
       accelerator: Cloud TPU's name of a slice of ``{chips}`` chips or ``{cores}``.
       source: where the numbers are from.
     """
@@ -43,6 +44,7 @@ class Chip:
     dimensions: int
     ring: int
     host_chips: int
+    one_host: int
     accelerator: str
     source: str
 
@@ -62,6 +64,7 @@ CHIPS = {
             dimensions=3,
             ring=4,
             host_chips=4,
+            one_host=4,
             accelerator="v4-{cores}",
             source="https://docs.cloud.google.com/tpu/docs/v4",
         ),
@@ -74,6 +77,7 @@ CHIPS = {
             dimensions=2,
             ring=16,
             host_chips=4,
+            one_host=8,
             accelerator="v5litepod-{chips}",
             source="https://docs.cloud.google.com/tpu/docs/v5e",
         ),
@@ -86,6 +90,7 @@ CHIPS = {
             dimensions=3,
             ring=4,
             host_chips=4,
+            one_host=4,
             accelerator="v5p-{cores}",
             source="https://docs.cloud.google.com/tpu/docs/v5p",
         ),
@@ -116,6 +121,8 @@ class Topology:
     @property
     def hosts(self) -> int:
         """How many hosts they hang on."""
+        if self.chips <= self.chip.one_host:
+            return 1
         return -(-self.chips // self.chip.host_chips)
 
     @property

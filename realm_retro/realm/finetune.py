@@ -69,10 +69,10 @@ def make(
     Raises:
       UserError: questions, passages, vectors and config do not fit together.
     """
-    settings = _build(config, "qa", QaConfig)
-    depth = _build(config, "retrieval", RetrievalConfig).depth
-    train = _build(config, "train", TrainConfig)
-    sizes = model_for(_build(config, "model", RealmConfig), settings)
+    settings = config_lib.read(config, "qa", QaConfig)
+    depth = config_lib.read(config, "retrieval", RetrievalConfig).depth
+    train = config_lib.read(config, "train", TrainConfig)
+    sizes = model_for(config_lib.read(config, "model", RealmConfig), settings)
     check_fits(sizes, store, vectors.shape)
     examples = Examples(sizes, settings, store, questions, answer_store, vectors)
     order = loader.batches(examples, seed=config.seed, batch_size=train.batch_size)
@@ -267,8 +267,3 @@ def _description(
         f"{mesh.size} device{'s' if mesh.size > 1 else ''}",
     ]
     return ", ".join(parts)
-
-
-def _build(config: Config, name: str, cls: type[T]) -> T:
-    section = config_lib.section(config, name)
-    return config_lib.build(cls, section, name=f"config.{name}")

@@ -165,10 +165,12 @@ class Checkpoints:
                 yield
         except UserError:
             raise
-        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
-            if not disk.tells_damage(error):
+        except Exception as error:
+            # Orbax wraps what the storage library raises in a bare Exception.
+            found = error.__cause__ if type(error) is Exception else error
+            if not disk.tells_damage(found or error):
                 raise
-            reason = " ".join(str(error).split())[:300]
+            reason = " ".join(str(found).split())[:300]
             raise UserError(
                 f"{path}: cannot be read, it is damaged; delete it to go on from the"
                 f" checkpoint before it ({reason})"

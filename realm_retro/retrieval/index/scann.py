@@ -22,6 +22,7 @@ import os
 from typing import Any
 
 import numpy as np
+from etils import epath
 
 from realm_retro.arrays import open_npy, write_npy
 from realm_retro.artifacts import Manifest, Stage
@@ -44,6 +45,8 @@ _MAX_PIECE = 128
 
 _FOLDER = "scann"
 _IDS = "ids.npy"
+# More than is left on a disk that a write of ScaNN did not fit on.
+_PROBE = 1 << 20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +189,11 @@ class ScannIndex:
         # Relative paths inside, so that the folder may move; our own ids beside it,
         # because ScaNN would pickle them.
         with named_errors(folder):
-            self.searcher.serialize(os.fspath(folder), relative_path=True)
+            try:
+                self.searcher.serialize(os.fspath(folder), relative_path=True)
+            except RuntimeError:
+                _try_disk(folder)
+                raise
         for path in sorted(folder.iterdir()):
             stage.adopt(f"{_FOLDER}/{path.name}")
         with stage.write(_IDS) as path:
@@ -255,3 +262,12 @@ class ScannIndex:
             rows = np.pad(rows, lacking)
             products = np.pad(products, lacking, constant_values=np.nan)
         return rows[None], products[None]
+
+
+def _try_disk(folder: epath.Path) -> None:
+    """Raises the disk's error, if it has one: ScaNN says only that it could not."""
+    path = folder / "probe"
+    try:
+        path.write_bytes(bytes(_PROBE))
+    finally:
+        path.unlink(missing_ok=True)

@@ -118,6 +118,11 @@ def test_truncated_weights(tmp_path, keep):
         ('{"model_type": "gpt2"}', "has no 'vocab_size': it is not a BERT's"),
         (json.dumps(tiny_bert.config_json(hidden_act="silu")), "hidden_act='silu'"),
         (json.dumps(tiny_bert.config_json(hidden_size=15)), "4 heads do not divide"),
+        (json.dumps(tiny_bert.config_json(hidden_size=1 << 31)), "hidden_size=2147"),
+        (
+            json.dumps(tiny_bert.config_json(num_hidden_layers=1 << 20)),
+            "num_hidden_layers=1048576 is not between 1 and 4,096",
+        ),
         (
             json.dumps(tiny_bert.config_json(position_embedding_type="relative_key")),
             "relative_key positions is not supported",

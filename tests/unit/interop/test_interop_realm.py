@@ -232,6 +232,8 @@ def test_writing_undoes_reading(tmp_path):
     published = load(tmp_path, tensors)
     model = published.model
     export.save(tmp_path / "out", "RealmReader", model, published.parts["reader"])
+    modes = {path.stat().st_mode for path in (tmp_path / "out").iterdir()}
+    assert len(modes) == 1  # nothing is its owner's alone
     with_names = realm.Tensors.open(tmp_path / "out")
     names = with_names.names()
     assert names == tensors.keys() - set(published.unused)

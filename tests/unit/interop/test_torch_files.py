@@ -127,6 +127,7 @@ def _nested(name):
         b"\x80\x02)\x81.",  # an object made without its constructor
         b"\x80\x02\x82\x01.",  # the extension registry
         b"\x80\x02h\x05.",
+        b"\x80\x04\x96\xff\xff\xff\xff\xff\xff\xff\x0fa",  # longer than memory
         b"\x80\x02.",
         b"\x80\x02t.",
         b"\x80\x02}",

@@ -10,6 +10,8 @@ def test_a_topology_is_read_and_written():
     assert str(found) == "v5e:8x8"
     assert topology.parse("v5p:4x4x8").accelerator == "v5p-256"  # of two cores each
     assert topology.parse("v4:2x2x1").hosts == 1
+    # Eight v5e chips share a host; in larger slices four do.
+    assert [topology.parse(f"v5e:{shape}").hosts for shape in ("2x4", "4x4")] == [1, 4]
 
 
 @pytest.mark.parametrize(
