@@ -139,7 +139,14 @@ def test_crashes_change_nothing(
     assert found[1] == expected[1]
 
 
-@pytest.mark.parametrize("depth", [0, 1, DEVICE])
+@pytest.mark.parametrize(
+    "depth",
+    [
+        pytest.param(0, marks=pytest.mark.slow),
+        1,
+        pytest.param(DEVICE, marks=pytest.mark.slow),
+    ],
+)
 def test_the_log_says_which_index_each_step_asked(straight, depth):
     _, records, _ = straight(depth)
     assert [record["step"] for record in records] == list(range(1, 9))
@@ -192,9 +199,8 @@ def test_one_candidate_is_the_plain_masked_model(folder, workdir):
         assert record["mlm"] == record["null_mlm"]
 
 
-@pytest.mark.parametrize(
-    "masking", [pytest.param("span", marks=pytest.mark.slow), "tokens"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("masking", ["span", "tokens"])
 def test_other_masks_need_no_spans(folder, workdir, tmp_path, masking):
     bare = epath.Path(tmp_path)
     (tmp_path / "passages").symlink_to(workdir / "passages")

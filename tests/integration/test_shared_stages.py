@@ -150,7 +150,9 @@ def test_three_share_one_is_killed_and_one_comes_late(shared, workdir, start):
 
 
 def test_a_sleeper_wakes_when_all_is_over(shared, workdir, start):
-    lease = f"--lease_seconds={LEASE}"
+    # The other must come before the lease has expired, or it has nothing to wait for.
+    seconds = 5 * LEASE
+    lease = f"--lease_seconds={seconds}"
     sleeper = start("sleeper", "--join", "hold=3", lease)
     until((workdir / "sleeper.in").exists, sleeper)
     sleeper.send_signal(signal.SIGSTOP)
@@ -160,7 +162,7 @@ def test_a_sleeper_wakes_when_all_is_over(shared, workdir, start):
     (workdir / "sleeper.go").touch()
     sleeper.send_signal(signal.SIGCONT)
     output = end(sleeper)
-    assert f"this one was silent for more than {LEASE:g} s" in output
+    assert f"this one was silent for more than {seconds:g} s" in output
     assert "embeddings: finished; this process made" in output
     assert (workdir / "embeddings" / artifacts.MANIFEST).read_bytes() == manifest
     assert_as_alone(shared, workdir)

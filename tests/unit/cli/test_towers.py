@@ -68,6 +68,7 @@ def test_a_reader_starts_from_the_encoder_of_pre_training(workdir):
     assert all(one is not other for one, other in pairs)
 
 
+@pytest.mark.slow
 def test_a_reader_that_was_trained_stays(workdir):
     config = config_of(init__run="before")
     trained = random_realm(towers.model_config(config))

@@ -1,5 +1,7 @@
 """Batches hold what was found and what it answers; only the right weights move."""
 
+import functools
+
 import jax
 import numpy as np
 import pytest
@@ -262,7 +264,7 @@ def test_the_loss_and_its_metrics(world):
     batch = live.batch(0, live.find(0, live.ask(0, params)))
     found = jax.jit(made.loss)(params, batch, jax.random.key(0))
     lean = {name: batch[name] for name in qa.BATCH_SPEC}
-    expected = qa.finetune_loss(CONFIG, params, lean, None)
+    expected = jax.jit(functools.partial(qa.finetune_loss, CONFIG))(params, lean, None)
     np.testing.assert_allclose(found[0], expected[0], rtol=1e-4)
     assert found[1] == 8
     assert tuple(map(float, found[2]["beam"])) == (8 * 6, 8)

@@ -209,7 +209,7 @@ def one_step(variables, token, position, neighbours, mask, *, room):
     )
 
 
-@pytest.mark.parametrize("on", [True, False])
+@pytest.mark.parametrize("on", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_steps_with_a_cache_equal_the_whole_pass(params, on):
     # A chunk's neighbours arrive with the token that completes it: that token already
     # attends to them. One row misses all of them for its second chunk.

@@ -217,6 +217,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_told_once(small_disk):
     process = subprocess.run(
         [sys.executable, "-c", ON_A_FULL_DISK, f"--workdir={small_disk}"],
