@@ -193,20 +193,21 @@ def test_search(tmp_path, capsys):
 def test_ctrl_c_ends_the_workers(realm, tmp_path):
     config, workdir = realm
     path = toy.write_config(tmp_path / "config.py", config)
-    process = subprocess.Popen(
-        [
-            *(
-                sys.executable,
-                "-m",
-                benchmark.__name__,
-                "--suite=refresh",
-                "--steps=100000",
-            ),
-            *(f"--config={path}", f"--workdir={workdir}"),
-        ],
+    command = [sys.executable, "-m", benchmark.__name__, "--suite=refresh"]
+    # Workers start with the second block.
+    blocks = ["--steps=3", "--rounds=100000"]
+    with subprocess.Popen(
+        [*command, *blocks, f"--config={path}", f"--workdir={workdir}"],
         stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+        try:
+            ends_its_workers(process, workdir)
+        finally:
+            process.kill()
+
+
+def ends_its_workers(process, workdir):
     log = workdir / "benchmarks" / "refresh.log"
     until = time.monotonic() + 200
     while not (log.exists() and "worker " in log.read_text()):

@@ -21,7 +21,6 @@ from etils import epath
 from jax.sharding import Mesh
 
 from realm_retro import config as config_lib
-from realm_retro import disk
 from realm_retro.cli import common
 from realm_retro.cli.benchmarks import children, steps, workdirs
 from realm_retro.cli.benchmarks.report import Report, Series
@@ -64,7 +63,9 @@ def measure(
     with workdirs.scratch(workdir) as scratch:
         wrap = functools.partial(_wrap, alternation=alternation)
         run_dir = steps.run(config, scratch, wrap)
-        saved.on_disk = _size(run_dir / checkpoint.FOLDER / str(alternation.total))
+        saved.on_disk = workdirs.size(
+            run_dir / checkpoint.FOLDER / str(alternation.total)
+        )
         workdirs.config_file(config, scratch)
         resumes = [
             _resume(scratch, workdir, alternation.last, log)
@@ -135,10 +136,6 @@ def _resume(
     stepped = children.first(lines, f"step {last}/{last}")
     common.say(f"resumed in {stepped:.1f} s, {restored:.1f} s of it to the state")
     return restored, stepped
-
-
-def _size(folder: epath.Path) -> int:
-    return sum(disk.size(path) for path in folder.rglob("*") if path.is_file())
 
 
 def _report(

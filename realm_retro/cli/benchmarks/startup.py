@@ -11,7 +11,6 @@ import tempfile
 from etils import epath
 
 from realm_retro import config as config_lib
-from realm_retro import disk
 from realm_retro.cli import common, quickstart_stages
 from realm_retro.cli.benchmarks import children, report, steps, workdirs
 from realm_retro.cli.benchmarks.report import Report, Series
@@ -55,7 +54,7 @@ def measure(config: Config, workdir: epath.Path, *, rounds: int) -> Report:
                     f"round {number} of {rounds}, {name}: first word after"
                     f" {times[0]:.1f} s, first step after {times[1]:.1f} s"
                 )
-        stored = _size_mb(warm)
+        stored = workdirs.size(warm) / 1e6
     return _report(config, found, stored)
 
 
@@ -72,10 +71,6 @@ def _start(
             env=children.environment(cache, {"JAX_COMPILATION_CACHE_DIR": str(cache)}),
         )
     return lines[0].seconds, children.first(lines, "step 1/1")
-
-
-def _size_mb(folder: epath.Path) -> float:
-    return sum(disk.size(p) for p in folder.rglob("*") if p.is_file()) / 1e6
 
 
 def _report(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import shutil
 import sys
 import tempfile
@@ -141,3 +142,10 @@ def _stages(config: Config) -> list[tuple[str, str]]:
     if config.task == "realm_pretrain" and salient == "salient":
         found.append(("tag_spans", "spans/manifest.json"))
     return found
+
+
+def size(folder: epath.Path) -> int:
+    """Bytes of all files of a folder on this machine."""
+    # Not epath's own search, which looks into no folder of a folder.
+    files = (path for path in pathlib.Path(folder).rglob("*") if path.is_file())
+    return sum(path.stat().st_size for path in files)
