@@ -34,7 +34,12 @@ def single(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("sizes", "accumulation"), [*((sizes, 1) for sizes in MESHES), ((2, 1, 2), 4)]
+    ("sizes", "accumulation"),
+    [
+        *(pytest.param(sizes, 1, marks=pytest.mark.slow) for sizes in MESHES[:-1]),
+        (MESHES[-1], 1),
+        ((2, 1, 2), 4),
+    ],
 )
 def test_every_mesh_gives_the_losses_of_one_device(
     tmp_path, single, sizes, accumulation

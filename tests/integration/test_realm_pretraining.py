@@ -108,6 +108,16 @@ def config_of(folder, name, depth, adaptive=False, **changes):
     )
 
 
+EACH_DEPTH = pytest.mark.parametrize(
+    "depth",
+    [
+        pytest.param(0, marks=pytest.mark.slow),
+        1,
+        pytest.param(DEVICE, marks=pytest.mark.slow),
+    ],
+)
+
+
 @pytest.mark.parametrize(
     ("depth", "adaptive", "saved_every", "crashes"),
     [
@@ -139,14 +149,7 @@ def test_crashes_change_nothing(
     assert found[1] == expected[1]
 
 
-@pytest.mark.parametrize(
-    "depth",
-    [
-        pytest.param(0, marks=pytest.mark.slow),
-        1,
-        pytest.param(DEVICE, marks=pytest.mark.slow),
-    ],
-)
+@EACH_DEPTH
 def test_the_log_says_which_index_each_step_asked(straight, depth):
     _, records, _ = straight(depth)
     assert [record["step"] for record in records] == list(range(1, 9))
@@ -166,6 +169,7 @@ def test_an_adaptive_schedule_refreshes_on_its_own(straight):
     assert len(set(asked)) > 2
 
 
+@pytest.mark.slow
 def test_the_index_matters_and_depth_matters(straight):
     zero, one = straight(0)[0], straight(1)[0]
     with pytest.raises(AssertionError):
@@ -183,7 +187,7 @@ def test_all_towers_are_trained(folder, workdir, straight):
         assert max(jax.tree.leaves(moved)) > 1e-3, part
 
 
-@pytest.mark.parametrize("depth", [0, 1, DEVICE])
+@EACH_DEPTH
 def test_nothing_is_compiled_after_the_first_steps(straight, depth):
     counts = straight(depth)[2]
     assert counts[0] > 0

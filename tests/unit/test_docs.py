@@ -130,6 +130,8 @@ def test_python_blocks_run(path, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=ROOT,
+        # Toys take longer to compile than to run.
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
         capture_output=True,
         text=True,
         check=False,
