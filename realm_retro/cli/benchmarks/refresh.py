@@ -278,7 +278,7 @@ def _report(
             "refresh": config_lib.as_dict(config.refresh),
         },
         notes=[
-            f"training on CPUs {where[0]}, {settings['workers']} workers on"
+            f"the training on CPUs {where[0]}; workers ({settings['workers']}) on CPUs"
             f" {where[1]}{_words(settings['worker_environment'])}; a refreshed index"
             f" came into use {swaps} times"
         ],
