@@ -8,8 +8,11 @@ Example:
       --workdir=/tmp/retro --config.neighbours.k=4
 
 An interrupted run resumes at the first missing shard of config.neighbours.shard_size
-rows. With --join any number of processes, on any host that sees the workdir, share the
-work: start the same command once for each, at any time.
+rows. An index in parts (config.index.part_rows) is read part by part for each shard, so
+memory stays that of one part; larger shards read it less often.
+
+With --join any number of processes, on any host that sees the workdir, share the work:
+start the same command once for each, at any time.
 
 An exact index that is too large for one host is spread over the processes of one
 program: start them with JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID
@@ -19,6 +22,7 @@ and process 0 writes what they find together.
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Sequence
 
@@ -36,7 +40,8 @@ from realm_retro.retrieval import neighbours
 from realm_retro.retrieval.embeddings import Embeddings
 from realm_retro.retrieval.index import distributed, store
 from realm_retro.retrieval.index.base import MISSING_ID, Index, SearchResult
-from realm_retro.retrieval.neighbours import Filter, NeighboursConfig
+from realm_retro.retrieval.merge import merge
+from realm_retro.retrieval.neighbours import Finder, NeighboursConfig
 from realm_retro.shards import Shard, Work
 from realm_retro.typing import Config, JsonDict
 
@@ -59,13 +64,13 @@ def main(config: Config, workdir: epath.Path) -> None:
     index = store.load_manifest(
         workdir / "index", parents={"embeddings": embeddings.fingerprint}
     )
-    parts = neighbours.shards(len(chunks), settings.shard_size)
+    shards_of_rows = neighbours.shards(len(chunks), settings.shard_size)
     if hosts.together():
         distributed.check_same(f"{workdir / 'index'}", index.fingerprint)
     if hosts.together() and not hosts.is_main():
         if _tell() != _DONE:
-            finder = Filter.make(_open_index(index), chunks.document[:])
-            _follow(finder, embeddings.vectors, parts, settings)
+            finder = _finder(index, chunks)
+            _follow(finder, embeddings.vectors, shards_of_rows, settings)
         return
     stage = neighbours.open_stage(
         workdir / "neighbours",
@@ -83,20 +88,25 @@ def main(config: Config, workdir: epath.Path) -> None:
             f"neighbours: finished already, {len(chunks):,} chunks in {stage.directory}"
         )
         return
-    finder = Filter.make(_open_index(index), chunks.document[:])
-    with sharing.work(stage, parts, label="neighbours") as work:
+    finder = _finder(index, chunks)
+    with sharing.work(stage, shards_of_rows, label="neighbours") as work:
         write_shards(finder, embeddings.vectors, settings, work)
         _commit(settings, work)
 
 
-def _open_index(manifest: artifacts.Manifest) -> Index:
-    """The index, or this process's part of it where it is one of a program."""
+def _finder(manifest: artifacts.Manifest, chunks: ChunkStore) -> Finder:
+    parts = [functools.partial(_open_part, part) for part in store.parts(manifest)]
+    return Finder(parts, chunks.document[:])
+
+
+def _open_part(manifest: artifacts.Manifest) -> Index:
+    """The index, or this process's rows of it where it is one of a program."""
     index = store.load(manifest)
     return distributed.take_part(index) if hosts.together() else index
 
 
 def write_shards(
-    finder: Filter, vectors: ShardedArray, settings: NeighboursConfig, work: Work
+    finder: Finder, vectors: ShardedArray, settings: NeighboursConfig, work: Work
 ) -> None:
     """Searches for the rows of each shard that is not there yet."""
     for claims in work.rounds():
@@ -116,15 +126,15 @@ def write_shards(
 
 
 def _follow(
-    finder: Filter,
+    finder: Finder,
     vectors: ShardedArray,
-    parts: Sequence[Shard],
+    shards_of_rows: Sequence[Shard],
     settings: NeighboursConfig,
 ) -> None:
     """Searches this process's part of the index for each shard that process 0 takes."""
     while (number := _tell()) != _DONE:
         if number != _WAIT:
-            _find(finder, vectors, parts[number], settings)
+            _find(finder, vectors, shards_of_rows[number], settings)
 
 
 def _tell(message: int = _WAIT) -> int:
@@ -135,30 +145,37 @@ def _tell(message: int = _WAIT) -> int:
 
 
 def _find(
-    finder: Filter,
+    finder: Finder,
     vectors: ShardedArray,
     shard: Shard,
     settings: NeighboursConfig,
     on_progress: Callable[[int], object] = lambda rows: None,
 ) -> SearchResult:
-    """The neighbours of a shard's chunks, a batch at a time.
+    """The neighbours of a shard's chunks, a batch at a time, in one part of the index.
 
     Batches begin with the shard, so the result does not depend on who finds it.
     """
     rows = np.arange(shard.start, shard.stop)
     result = SearchResult.missing(len(rows), settings.k)
-    for start in range(0, len(rows), settings.batch_size):
-        part = slice(start, start + settings.batch_size)
-        batch = rows[part]
-        found = finder.find(
-            vectors[batch].astype(np.float32),
-            finder.document[batch],
-            k=settings.k,
-            margin=settings.margin,
-        )
-        result.ids[part], result.scores[part] = found.ids, found.scores
-        vectors.release()
-        on_progress(len(batch))
+    done = 0
+    for part in range(finder.num_parts):
+        for start in range(0, len(rows), settings.batch_size):
+            at = slice(start, start + settings.batch_size)
+            batch = rows[at]
+            found = finder.find(
+                part,
+                vectors[batch].astype(np.float32),
+                finder.document[batch],
+                k=settings.k,
+                margin=settings.margin,
+            )
+            best = SearchResult(result.ids[at], result.scores[at])
+            best = merge([best, found], settings.k)
+            result.ids[at], result.scores[at] = best.ids, best.scores
+            vectors.release()
+            # A row has been made when all parts have been searched for it.
+            before, done = done, done + len(batch)
+            on_progress(done // finder.num_parts - before // finder.num_parts)
     return result
 
 

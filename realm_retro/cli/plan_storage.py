@@ -100,13 +100,14 @@ def _retro(config: Config, settings: PlanConfig) -> list[Item]:
     k = config_lib.read(config, "neighbours", NeighboursConfig).k
     d = _MINILM if not encoder.path else _width_of(encoder)
     width = d + (index.metric == "squared_l2" and index.backend == "scann")
-    searched, row = n * _index_row(width, index.backend), n * 4.0 * width
-    # An exact index is memory-mapped; ScaNN copies the vectors while it builds.
-    held = 0.0 if index.backend == "exact" else searched
+    searched = n * _index_row(width, index.backend)
+    # An exact index is memory-mapped; ScaNN copies a part's vectors while it builds.
+    part = min(n, index.part_rows)
+    held = 0.0 if index.backend == "exact" else part * _index_row(width, index.backend)
     return [
         *items,
         Item("embeddings", n * d * stored, 0, "embed"),
-        Item("index", searched, held and _BUILDS * row, "build_index"),
+        Item("index", searched, held and _BUILDS * part * 4.0 * width, "build_index"),
         Item("neighbours", n * k * (_IDS + _SCORES), held, "find_neighbours"),
     ]
 

@@ -8,7 +8,7 @@ were found. Files: ``ids-00000-of-00003.npy`` int64 [rows, k] and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 from etils import epath
@@ -211,3 +211,37 @@ class Filter:
             rows = rows[short] if depth < self.index.size else rows[:0]
             depth *= 2
         return result
+
+
+class Finder:
+    """Searches an index part by part, of which one at a time is in memory.
+
+    Attributes:
+      document: int [N], row of each chunk's document.
+      num_parts: of the index.
+    """
+
+    def __init__(self, parts: Sequence[Callable[[], Index]], document: HostArray):
+        """Opens the first part.
+
+        Args:
+          parts: each reads one part of the index.
+          document: int [N], row of each chunk's document.
+
+        Raises:
+          UserError: the part cannot be read.
+        """
+        self.document = document
+        self.num_parts = len(parts)
+        self._parts = parts
+        self._number, self._filter = 0, Filter.make(parts[0](), document)
+
+    def find(
+        self, part: int, queries: HostArray, own: HostArray, *, k: int, margin: int
+    ) -> SearchResult:
+        """The k best of one part, see `Filter.find`; `merge` joins those of all."""
+        if part != self._number:
+            del self._filter  # There is room for one part, not for the next beside it.
+            self._filter = Filter.make(self._parts[part](), self.document)
+            self._number = part
+        return self._filter.find(queries, own, k=k, margin=margin)

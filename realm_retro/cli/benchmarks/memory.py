@@ -34,7 +34,7 @@ _READS: dict[str, tuple[str, ...]] = {
     "build_index": ("chunks", "embeddings"),
     "find_neighbours": ("chunks", "embeddings", "index"),
 }
-# The index holds all vectors in memory while it is built: it is run, not measured.
+# The index is built on a sample whose size does not grow: it is run, not measured.
 MEASURED = ("prepare", "embed", "find_neighbours")
 # Less than the smallest corpus has, so that each trains its tokenizer on as much.
 _SAMPLE_BYTES_OF_A_DOCUMENT = 600
@@ -60,10 +60,13 @@ class _Size:
         return int(_manifest(self.folder / "chunks")["meta"]["chunks"])
 
     @property
-    def index_mb(self) -> float:
-        """Of the index's files."""
-        files = _manifest(self.folder / "index")["files"].values()
-        return sum(file["bytes"] for file in files) / 1e6
+    def index(self) -> tuple[float, int]:
+        """Megabytes of the index's files, and how many parts it is in."""
+        manifest = _manifest(self.folder / "index")
+        files = manifest["files"].values()
+        return sum(file["bytes"] for file in files) / 1e6, manifest["meta"].get(
+            "parts", 1
+        )
 
 
 def measure(
@@ -139,6 +142,7 @@ def _units(config: Config, documents: int) -> JsonDict:
         # Few words of a chunk: they cost time, and hold nothing when it is embedded.
         "encoder": {"max_tokens": few},
         "embed": {"shard_size": max(1, documents)},
+        "index": {"part_rows": max(1, documents)},
         "neighbours": {
             "shard_size": max(1, documents),
             "batch_size": max(1, documents),
@@ -179,6 +183,7 @@ def _report(
     documents: int,
 ) -> Report:
     least, most = sizes[0], sizes[-1]
+    index_mb, parts = most.index
     further = most.chunks - least.chunks
     series = []
     for stage in MEASURED:
@@ -211,10 +216,10 @@ def _report(
             "config": config_lib.as_dict(least.config),
         },
         notes=[
-            "find_neighbours holds the index in memory; its files have"
-            f" {most.index_mb / most.chunks * 1e6:,.0f} bytes a chunk",
-            "corpora are made up; units of work (shards, batches) are cut so that the"
-            " smallest corpus is more than one",
+            f"the index of the largest has {index_mb:,.1f} MB in {parts:,} parts, of"
+            " which find_neighbours holds one in memory",
+            "corpora are made up; units of work (shards, batches, parts of the index)"
+            " are cut so that the smallest corpus is more than one",
         ],
     )
 

@@ -44,41 +44,49 @@ class Trial:
         to be found; any other number if it is not.
       k: neighbours looked for.
       exact: holds the database.
-      worst: float64 [q], score of the last of the true neighbours.
-      possible: true neighbours of all queries together.
+      truth: the true neighbours.
     """
 
     queries: HostArray
     own_ids: HostArray
     k: int
     exact: ExactIndex
-    worst: HostArray
-    possible: int
+    truth: base.SearchResult
 
     @classmethod
     def make(
         cls, exact: ExactIndex, queries: HostArray, own_ids: HostArray, k: int
     ) -> Trial:
         """Finds the true neighbours by exact search."""
-        truth = _others(exact, queries, own_ids, k)
-        scores = _true_scores(exact, queries, truth.ids)
-        present = truth.ids != base.MISSING_ID
-        worst = np.where(present, scores, np.inf).min(axis=1, initial=np.inf)
-        return cls(queries, own_ids, k, exact, worst, int(present.sum()))
+        truth = best_others(exact, exact, queries, own_ids, k)
+        return cls(queries, own_ids, k, exact, truth)
 
     def recall(self, index: base.Index) -> float:
         """Recall@k of `index`, from 0 to 1; 1 where there is nothing to be found."""
-        found = _others(index, self.queries, self.own_ids, self.k)
-        scores = _true_scores(self.exact, self.queries, found.ids)
-        hits = int((scores >= self.worst[:, None]).sum())
-        return hits / self.possible if self.possible else 1.0
+        found = best_others(index, self.exact, self.queries, self.own_ids, self.k)
+        return share_found(self.truth, found)
 
 
-def _others(
-    index: base.Index, queries: HostArray, own_ids: HostArray, k: int
+def best_others(
+    index: base.Index,
+    exact: ExactIndex,
+    queries: HostArray,
+    own_ids: HostArray,
+    k: int,
 ) -> base.SearchResult:
+    """What `index` finds but the queries themselves; scores are of `exact`, float64."""
     found = index.search(queries, k + 1)
-    return found.only(found.ids != own_ids[:, None], k)
+    others = found.only(found.ids != own_ids[:, None], k)
+    return base.SearchResult(others.ids, _true_scores(exact, queries, others.ids))
+
+
+def share_found(truth: base.SearchResult, found: base.SearchResult) -> float:
+    """Recall of `found`, scores of both being true; 1 where nothing is to be found."""
+    present = truth.ids != base.MISSING_ID
+    worst = np.where(present, truth.scores, np.inf).min(axis=1, initial=np.inf)
+    hits = int((found.scores >= worst[:, None]).sum())
+    possible = int(present.sum())
+    return hits / possible if possible else 1.0
 
 
 def _true_scores(exact: ExactIndex, queries: HostArray, ids: HostArray) -> HostArray:

@@ -141,6 +141,68 @@ def test_leftovers_of_a_killed_run_do_not_stay(workdir, monkeypatch):
     assert set(manifest.files) == {"ids.npy", "vectors.npy"}
 
 
+@pytest.mark.usefixtures("treed")
+def test_a_large_database_becomes_several_indexes(workdir, capsys):
+    run(workdir, part_rows=200)
+    manifest = store.load_manifest(workdir / "index")
+    meta, held = manifest.meta, store.parts(manifest)
+    assert meta["parts"] == len(held) == -(-meta["size"] // 200) > 2
+    said = capsys.readouterr().out
+    assert f"index: part 2 of {len(held)}" in said
+    assert f"{meta['size']:,} vectors, scann in {len(held)} parts, recall@5" in said
+    assert all(part.meta["size"] <= 200 for part in held)
+    assert all(part.meta["scann"]["parameters"]["num_leaves"] for part in held)
+    assert 0.95 <= meta["recall"] <= 1
+    slowest = min(part.meta["queries_per_second_batch_1"] for part in held)
+    assert 0 < meta["queries_per_second_batch_1"] < slowest / 1.5
+    index = store.load(manifest)
+    (workdir / "index").rmtree()
+    run(workdir, backend="exact")
+    exact_index = store.load(store.load_manifest(workdir / "index"))
+    np.testing.assert_array_equal(index.ids, exact_index.ids)
+    queries = Embeddings.open(workdir / "embeddings").vectors[index.ids]
+    found, truth = (each.search(queries, 5).ids for each in (index, exact_index))
+    assert (found == truth).mean() > 0.9
+
+
+def test_a_killed_build_goes_on_with_the_first_missing_part(workdir, monkeypatch):
+    built, build = [], build_index.build
+
+    def killed_in_the_third(*args):
+        built.append(args)
+        if len(built) == 3:
+            raise KeyboardInterrupt
+        return build(*args)
+
+    monkeypatch.setattr(build_index, "build", killed_in_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run(workdir, part_rows=200)
+    with pytest.raises(UserError, match=r"index.*unfinished; run: .*build_index"):
+        store.load_manifest(workdir / "index")
+    with pytest.raises(UserError, match=r"index: was made with other settings"):
+        run(workdir, part_rows=100)
+    run(workdir, part_rows=200)
+    manifest = store.load_manifest(workdir / "index")
+    assert len(built) == 1 + manifest.meta["parts"]
+    store.load(manifest)
+
+
+def test_damage_in_a_part_names_the_file_and_the_whole_index(workdir):
+    run(workdir, part_rows=200)
+    path = workdir / "index" / "part-00001" / "ids.npy"
+    path.write_bytes(path.read_bytes()[:-1] + b"x")
+    again = rf"part-00001/ids.npy: is damaged.*delete {workdir}/index and run"
+    with pytest.raises(UserError, match=again):
+        store.load_manifest(workdir / "index")
+
+
+def test_parts_that_are_good_each_but_not_together_are_refused(workdir, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(build_index.parts, "recall", lambda *_: 0.5)
+        with pytest.raises(UserError, match=r"is 0\.5000, below.*raise .*part_rows"):
+            run(workdir, part_rows=200)
+
+
 def test_a_vector_that_is_not_finite_is_named(tmp_path, chunks):
     workdir = tiny_workdir.link(chunks, tmp_path)
     count = len(ChunkStore.open(workdir / "chunks"))
@@ -178,6 +240,7 @@ def test_embeddings_of_another_corpus_are_refused(workdir):
         ({"recall_target": 0.0}, "recall_target=0.0 must be above 0"),
         ({"recall_target": 1.1}, "recall_target=1.1 must be above 0"),
         ({"recall_k": 0}, "recall_k=0 must be at least 1"),
+        ({"part_rows": 0}, "part_rows=0 must be at least 1"),
         ({"recall_queries": 0}, "recall_queries=0 must be at least 1"),
     ],
 )

@@ -1,6 +1,7 @@
 """The stage as a user meets it: every chunk, no own document, resumed by shards."""
 
 import threading
+import weakref
 
 import ml_collections
 import numpy as np
@@ -139,7 +140,8 @@ def test_two_workers_find_what_one_finds(workdir):
     (workdir / "neighbours").rmtree()
     store = ChunkStore.open(workdir / "chunks")
     vectors = Embeddings.open(workdir / "embeddings").vectors
-    finder = Filter.make(index_store.load(index_of(workdir)), store.document[:])
+    index = index_store.load(index_of(workdir))
+    finder = neighbours.Finder([lambda: index], store.document[:])
     parts = neighbours.shards(len(store), 20)
     section = NeighboursConfig(**config_of(**settings).neighbours)
     made = []
@@ -162,6 +164,32 @@ def test_two_workers_find_what_one_finds(workdir):
     assert together.fingerprint == alone.fingerprint
     assert sum(made) == len(parts) > 4
     assert together.meta["found"] == alone.meta["found"]
+
+
+def test_an_index_in_parts_is_searched_one_part_at_a_time(workdir, monkeypatch):
+    whole = run(workdir)
+    for stage in ("neighbours", "index"):
+        (workdir / stage).rmtree()
+    opened, load = [], index_store.load
+
+    def watched(manifest):
+        assert not any(reference() for reference in opened), "two parts in memory"
+        index = load(manifest)
+        opened.append(weakref.ref(index))
+        return index
+
+    config = config_of(shard_size=100)
+    # Too few rows for a tree: each is compared.
+    config.index = {"backend": "scann", "part_rows": 90}
+    build_index.main(config, workdir)
+    count = index_of(workdir).meta["parts"]
+    assert count > 2
+    monkeypatch.setattr(index_store, "load", watched)
+    find_neighbours.main(config, workdir)
+    table = NeighbourTable.open(workdir / "neighbours")
+    np.testing.assert_array_equal(table.ids[:], whole.ids[:])
+    np.testing.assert_allclose(table.scores[:], whole.scores[:], atol=1e-4)
+    assert len(opened) == count * table.manifest.meta["num_shards"]
 
 
 def index_of(workdir):

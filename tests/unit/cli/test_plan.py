@@ -100,6 +100,18 @@ def test_artefacts_by_their_formats(tiny):
     )
 
 
+def test_one_part_of_the_index_is_in_memory_at_a_time():
+    # ScaNN, of 1,000 rows: 385 numbers, an id, and 129 codes of half a byte twice.
+    row = 385 * 4 + 8 + 2 * (129 / 2 + 4)
+    for part_rows, held in ((300, 300), (5000, 1000)):
+        index = {"backend": "scann", "part_rows": part_rows}
+        found = planned(retro(index=index))["storage"]["items"]
+        items = {item["name"]: item for item in found}
+        assert items["neighbours"]["memory"] == held * row
+        assert items["index"]["memory"] == 3 * held * 385 * 4
+        assert items["index"]["disk"] == 1000 * row
+
+
 def test_a_plain_decoder_needs_neither_index_nor_neighbours():
     config = retro(model={"cca_layers": ()}, train={"neighbours": 0})
     found = planned(config)
