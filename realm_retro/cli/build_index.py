@@ -226,7 +226,8 @@ def _measure_whole(
     if recall < target:
         raise UserError(
             f"index: recall@{k} of all {len(made)} parts is {recall:.4f}, below"
-            f" config.index.recall_target={target}; raise config.index.part_rows"
+            f" config.index.recall_target={target}; delete {made[0].directory.parent}"
+            " and build with a larger config.index.part_rows or a lower target"
         )
     metas = [part.meta for part in made]
     # A query is searched for in one part after the other.

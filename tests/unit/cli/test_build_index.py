@@ -199,7 +199,9 @@ def test_damage_in_a_part_names_the_file_and_the_whole_index(workdir):
 def test_parts_that_are_good_each_but_not_together_are_refused(workdir, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(build_index.parts, "recall", lambda *_: 0.5)
-        with pytest.raises(UserError, match=r"is 0\.5000, below.*raise .*part_rows"):
+        with pytest.raises(
+            UserError, match=r"is 0\.5000, below.*delete .*index and .*part_rows"
+        ):
             run(workdir, part_rows=200)
 
 
